@@ -1,0 +1,1 @@
+"""ppojax: reinforcement learning of language models in JAX."""

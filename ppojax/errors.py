@@ -1,0 +1,54 @@
+"""The ways a run can end, and the error that stands for each."""
+
+from __future__ import annotations
+
+from enum import IntEnum
+
+
+class ExitCode(IntEnum):
+    """Process exit codes; every one but `DONE` also leaves `exit.json` in the run directory."""
+
+    DONE = 0
+    BUG = 1
+    CONFIG = 2
+    DATA = 3
+    DIVERGED = 4
+    WATCHDOG = 70
+    CANNOT_WRITE = 73
+    PREEMPTED = 75
+
+
+class PpojaxError(Exception):
+    """A fault of the input or the machine, not of the program: one line for the user and an exit code."""
+
+    exit_code = ExitCode.BUG
+
+
+class ConfigError(PpojaxError):
+    """A setting is unknown, ill-typed, out of range, or contradicts another one."""
+
+    exit_code = ExitCode.CONFIG
+
+
+class DataError(PpojaxError):
+    """Weights, a tokenizer, a task or a checkpoint cannot be used."""
+
+    exit_code = ExitCode.DATA
+
+
+class DivergedError(PpojaxError):
+    """Training produced non-finite gradients too many times in a row."""
+
+    exit_code = ExitCode.DIVERGED
+
+
+class CannotWriteError(PpojaxError):
+    """The run directory or a checkpoint cannot be written."""
+
+    exit_code = ExitCode.CANNOT_WRITE
+
+
+class Preempted(PpojaxError):
+    """The process was asked to stop; its state is saved."""
+
+    exit_code = ExitCode.PREEMPTED

@@ -1,0 +1,137 @@
+"""Dimensions and the types that flow through a training step.
+
+    P prompts          G rollouts a prompt    B rows           T token positions    S key/cache positions
+    V vocabulary       K kept support         D model width    M critics            A action positions of a row
+
+`logp_BT` is an array `[B, T]`; the suffix is the logical shape, also inside `shard_map`. `models/` and `kernels/`
+also use N (rows of a matrix), H heads, L layers, F head width, E experts.
+
+One alignment holds everywhere: at `[:, t]` every per-token array speaks of token t. `logp_BT[:, t]` is the
+log-probability of token t given the tokens before it, and `value_MBT[:, :, t]` is the value of the state in which
+token t was chosen. The shift by one happens once, in `ppojax.models.forward`.
+
+    tasks -> collect -> Rollout -> pack -> Experience -> score -> Experience -> advantage -> Batch -> steps
+
+Tuples rather than registered dataclasses: they are pytrees without importing jax.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from enum import IntEnum
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+if TYPE_CHECKING:
+    import jax
+    import numpy as np
+
+Messages = list[dict[str, Any]]
+
+
+class Ending(IntEnum):
+    """How a row ended."""
+
+    TERMINATED = 0  # the episode is over: the value of what follows is zero
+    TRUNCATED = 1  # a limit was hit: the episode would have gone on
+    CUT = 2  # a compaction: the next segment of the same episode goes on
+    ERROR = 3  # the environment failed: the row leaves the loss and the group statistics
+
+
+@dataclass(frozen=True)
+class Row:
+    """One trainable trace, exactly as it was sampled (length n). Never re-tokenised."""
+
+    token: np.ndarray  # int32[n]
+    action: np.ndarray  # bool[n]; True where the policy chose the token
+    logp_behavior: np.ndarray  # float32[n]; of the sampling distribution, at its temperature; 0 off action
+    reward: np.ndarray  # float32[n]; only on action tokens
+    group: int
+    episode: int
+    segment: int
+    ending: Ending
+    messages: Messages = field(default_factory=list)
+    info: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Rollout:
+    """What the sampler and the environments produced for one step: ragged, on the host."""
+
+    rows: tuple[Row, ...]
+    metrics: dict[str, float] = field(default_factory=dict)
+
+
+class Experience(NamedTuple):
+    """Rows aligned and padded to a bucket. The last column is never an action, so `value_MBT` has a place for the
+    value of the state after a row's last token."""
+
+    token_BT: jax.Array  # int32
+    length_B: jax.Array  # int32: real tokens of the row
+    action_BT: jax.Array  # bool: chosen by the policy, in a row that counts
+    action_index_BA: jax.Array  # int32: positions of the action tokens, filled up with 0
+    logp_behavior_BT: jax.Array  # float32
+    reward_BT: jax.Array  # float32
+    ending_B: jax.Array  # int32: an `Ending`
+    valid_B: jax.Array  # bool: False for failed rows and for rows that only fill the batch
+    group_B: jax.Array  # int32
+    episode_B: jax.Array  # int32
+    segment_B: jax.Array  # int32
+    logp_old_BT: jax.Array | None = None  # float32, filled by score when a component asks for it
+    logp_ref_BT: jax.Array | None = None  # float32, likewise
+    value_MBT: jax.Array | None = None  # float32, likewise
+
+
+class Advantage(NamedTuple):
+    """What an advantage estimator returns."""
+
+    advantage_BT: jax.Array  # float32, 0 off action
+    return_MBT: jax.Array | None = None  # float32, the critics' targets; None when no critic is trained
+
+
+class Batch(NamedTuple):
+    """What one optimizer step sees."""
+
+    experience: Experience
+    advantage_BT: jax.Array
+    return_MBT: jax.Array | None = None
+
+
+class TokenStats(NamedTuple):
+    """Statistics of the policy's next-token distribution at each token, float32."""
+
+    logp: jax.Array  # log-probability of the token that was chosen
+    entropy: jax.Array | None = None  # nats, over the whole vocabulary
+
+
+class Mean(NamedTuple):
+    """A mean that has not been divided yet, so that parts of a batch can be added up."""
+
+    sum: jax.Array
+    weight: jax.Array
+
+
+class Max(NamedTuple):
+    """A maximum over the parts of a batch."""
+
+    value: jax.Array
+
+
+Metrics = dict[str, Mean | Max]
+
+
+class LossOut(NamedTuple):
+    """A loss as a sum and the weight to divide it by; `update` divides once, by the weight of the whole minibatch."""
+
+    sum: jax.Array
+    weight: jax.Array
+    metrics: Metrics
+
+
+class TrainState(NamedTuple):
+    """Float32 master weights and what the optimizer keeps. `skipped` counts updates refused as non-finite, in all
+    and in a row."""
+
+    params: Any
+    opt_state: Any
+    step: jax.Array  # int32
+    skipped: jax.Array  # int32[2]
