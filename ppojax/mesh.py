@@ -1,0 +1,108 @@
+"""Meshes: from a config to `jax.sharding.Mesh`, and from logical axes to mesh axes.
+
+Every jitted step takes a mesh, on one device too. Parameters declare logical axes ("embed", "heads", ...) where they
+are created; the one table below says over which mesh axis each is split. Axis types are `Auto`: XLA propagates the
+shardings of arguments, and results that stay (parameters, optimizer state) are pinned.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from pydantic import Field
+
+from ppojax.component import Component
+from ppojax.errors import ConfigError
+from ppojax.lazy import jax
+
+AXES = ("data", "fsdp", "tensor")
+
+# Rows go over data and fsdp together; a parameter is split over fsdp along the model width and over tensor along
+# whatever is independent between devices: heads, hidden units of the MLP, vocabulary.
+RULES: Mapping[str, tuple[str, ...]] = {
+    "rows": ("data", "fsdp"),
+    "embed": ("fsdp",),
+    "heads": ("tensor",),
+    "kv_heads": ("tensor",),
+    "ffn": ("tensor",),
+    "vocab": ("tensor",),
+}
+
+
+class MeshConfig(Component):
+    """Devices along each mesh axis; their product is the number of devices used."""
+
+    data: int = Field(1, ge=1, description="devices over which rows are split, parameters replicated")
+    fsdp: int = Field(1, ge=1, description="devices over which rows and parameters are split")
+    tensor: int = Field(1, ge=1, description="devices over which heads, ffn and vocabulary are split")
+
+    @property
+    def size(self) -> int:
+        return self.data * self.fsdp * self.tensor
+
+    @property
+    def row_shards(self) -> int:
+        """Number of parts into which the rows of a batch are split."""
+        return self.data * self.fsdp
+
+    def axis_size(self, axis: str) -> int:
+        """Devices along one axis, by name."""
+        return {"data": self.data, "fsdp": self.fsdp, "tensor": self.tensor}[axis]
+
+    def build(self) -> jax.sharding.Mesh:
+        """Lay out the first `size` devices as a mesh.
+
+        Raises:
+            ConfigError: there are fewer devices than the mesh asks for.
+        """
+        devices = jax.devices()
+        if self.size > len(devices):
+            raise ConfigError(
+                f"mesh {self.data}x{self.fsdp}x{self.tensor} (data x fsdp x tensor) needs {self.size} devices, "
+                f"{len(devices)} found: make the product of mesh.data, mesh.fsdp and mesh.tensor at most {len(devices)}"
+            )
+        shape = (self.data, self.fsdp, self.tensor)
+        types = (jax.sharding.AxisType.Auto,) * len(AXES)
+        return jax.make_mesh(shape, AXES, axis_types=types, devices=devices[: self.size])
+
+    def check_divides(self, sizes: Mapping[str, int]) -> list[str]:
+        """Name each logical dimension that its mesh axes do not divide, with the legal sizes (empty when all do)."""
+        faults = []
+        for name, size in sizes.items():
+            axes = RULES[name]
+            parts = 1
+            for axis in axes:
+                parts *= self.axis_size(axis)
+            if size % parts:
+                legal = ", ".join(str(n) for n in range(1, min(size, 64) + 1) if size % n == 0)
+                faults.append(f"mesh.{' x mesh.'.join(axes)} = {parts} does not divide {name} = {size}; legal: {legal}")
+        return faults
+
+
+def sharding(mesh: jax.sharding.Mesh, logical: tuple[str | None, ...]) -> jax.sharding.NamedSharding:
+    """Turn the logical axes of an array into its sharding; axes without a rule are replicated."""
+    spec = [RULES.get(name) if name else None for name in logical]
+    return jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(*spec))
+
+
+def replicated(mesh: jax.sharding.Mesh) -> jax.sharding.NamedSharding:
+    """The sharding of a value that every device holds whole."""
+    return sharding(mesh, ())
+
+
+def shard_rows(tree: Any, mesh: jax.sharding.Mesh, axis: int = 0) -> Any:
+    """Put host arrays on the mesh, split along their row axis; arrays without that axis are replicated."""
+
+    def put(x: Any) -> jax.Array:
+        logical = (None,) * axis + ("rows",) if x.ndim > axis else ()
+        return jax.device_put(x, sharding(mesh, logical))
+
+    return jax.tree.map(put, tree)
+
+
+def enable_compilation_cache(directory: str) -> None:
+    """Keep compiled programs across processes in `directory` (jax's persistent cache; native code, per user)."""
+    jax.config.update("jax_compilation_cache_dir", directory)
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+    jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)

@@ -1,0 +1,89 @@
+"""Settings of the actor's and the critic's updates."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field
+
+from ppojax.component import Component
+from ppojax.lazy import jnp, optax
+from ppojax.losses import ValueLoss
+from ppojax.models.settings import CriticModelConfig, CutCritic
+
+
+class OptimizerConfig(Component):
+    """AdamW with clipping by global norm, a linear warm-up and a schedule after it."""
+
+    learning_rate: float = Field(1e-6, gt=0, description="peak learning rate")
+    warmup_steps: int = Field(0, ge=0, description="optimizer steps of linear warm-up")
+    schedule: Literal["constant", "cosine", "linear"] = Field("constant", description="what follows the warm-up")
+    decay_steps: int = Field(0, ge=0, description="optimizer steps of the decay, for cosine and linear")
+    beta1: float = Field(0.9, ge=0, lt=1, description="decay of the first moment")
+    beta2: float = Field(0.95, ge=0, lt=1, description="decay of the second moment")
+    eps: float = Field(1e-8, gt=0, description="added to the root of the second moment")
+    weight_decay: float = Field(0.0, ge=0, description="decoupled weight decay")
+    max_grad_norm: float = Field(1.0, gt=0, description="global norm to which gradients are clipped")
+
+    def learning_rate_at(self, step: int | jnp.ndarray) -> float | jnp.ndarray:
+        """Evaluate the schedule at an optimizer step."""
+        return self.build_schedule()(step)
+
+    def build_schedule(self) -> optax.Schedule:
+        """Warm-up, then constant, or decay to zero over `decay_steps`."""
+        peak, decay = self.learning_rate, max(self.decay_steps, 1)
+        after = {
+            "constant": optax.constant_schedule(peak),
+            "cosine": optax.cosine_decay_schedule(peak, decay),
+            "linear": optax.linear_schedule(peak, 0.0, decay),
+        }[self.schedule]
+        if not self.warmup_steps:
+            return after
+        # The first update already moves: lr is peak/(n+1) at step 0 and reaches the peak after n updates.
+        warmup = optax.linear_schedule(peak / (self.warmup_steps + 1), peak, self.warmup_steps)
+        return optax.join_schedules([warmup, after], [self.warmup_steps])
+
+    def build(self) -> optax.GradientTransformation:
+        """Clip by global norm, then AdamW."""
+        return optax.chain(
+            optax.clip_by_global_norm(self.max_grad_norm),
+            optax.adamw(
+                self.build_schedule(), b1=self.beta1, b2=self.beta2, eps=self.eps, weight_decay=self.weight_decay
+            ),
+        )
+
+
+class ActorConfig(Component):
+    """The policy's update."""
+
+    optimizer: OptimizerConfig = Field(OptimizerConfig(), description="the policy's optimizer")
+
+
+class CriticConfig(Component):
+    """The critics and their update; built only when the advantage estimator needs values."""
+
+    model: CriticModelConfig = Field(CutCritic(), description="where the critic comes from")
+    optimizer: OptimizerConfig = Field(OptimizerConfig(learning_rate=1e-5), description="the critic's optimizer")
+    head_lr_multiplier: float = Field(1.0, gt=0, description="learning rate of the new head, times the trunk's")
+    loss: ValueLoss = Field(ValueLoss(), description="regression of the values on the returns")
+    updates: int = Field(1, ge=1, description="passes of the critic over the step's rows for each pass of the actor")
+    warmup_steps: int = Field(0, ge=0, description="training steps in which only the critic learns")
+    count: Literal[1] = Field(1, description="critics in the ensemble")
+
+
+class UpdateConfig(Component):
+    """How a step's rows become optimizer steps."""
+
+    epochs: int = Field(1, ge=1, description="passes over the step's rows")
+    minibatches: int = Field(1, ge=1, description="optimizer steps a pass")
+    microbatch_rows: int = Field(8, ge=1, description="rows of one forward and backward pass")
+    max_skipped: int = Field(5, ge=1, description="non-finite updates in a row after which the run stops (exit 4)")
+
+
+class WarmStartConfig(Component):
+    """Supervised steps on the environment's own demonstrations before reinforcement learning."""
+
+    steps: int = Field(200, ge=1, description="optimizer steps")
+    rows: int = Field(64, ge=1, description="demonstrations a step")
+    optimizer: OptimizerConfig = Field(OptimizerConfig(learning_rate=1e-3), description="optimizer of these steps")
+    corrupt: float = Field(0.0, ge=0, le=1, description="share of demonstrations whose turns are replaced by wrong ones")
