@@ -70,6 +70,11 @@ class CriticConfig(Component):
     warmup_steps: int = Field(0, ge=0, description="training steps in which only the critic learns")
     count: Literal[1] = Field(1, description="critics in the ensemble")
 
+    def build_optimizer(self) -> optax.GradientTransformation:
+        """The optimizer, with its own learning rate for the value head, which starts from nothing."""
+        head = {"trunk": False, "value_head": True}
+        return optax.chain(self.optimizer.build(), optax.masked(optax.scale(self.head_lr_multiplier), head))
+
 
 class UpdateConfig(Component):
     """How a step's rows become optimizer steps."""
@@ -86,4 +91,4 @@ class WarmStartConfig(Component):
     steps: int = Field(200, ge=1, description="optimizer steps")
     rows: int = Field(64, ge=1, description="demonstrations a step")
     optimizer: OptimizerConfig = Field(OptimizerConfig(learning_rate=1e-3), description="optimizer of these steps")
-    corrupt: float = Field(0.0, ge=0, le=1, description="share of demonstrations whose turns are replaced by wrong ones")
+    corrupt: float = Field(0.0, ge=0, le=1, description="share of demonstrations made wrong")

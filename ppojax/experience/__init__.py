@@ -1,0 +1,1 @@
+"""Experience: rollouts packed into arrays, scored, summarised and dealt out as minibatches."""

@@ -1,0 +1,56 @@
+"""From ragged rows on the host to arrays on the mesh."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import jax
+import numpy as np
+
+from ppojax.mesh import shard_rows
+from ppojax.types import Ending, Experience, Row
+
+
+def pack(rows: Sequence[Row], *, batch: int, bucket: int, actions: int, mesh: jax.sharding.Mesh) -> Experience:
+    """Pad rows on the right to one length, add empty rows up to a batch, and split them over the mesh.
+
+    Args:
+        rows: at most `batch` of them.
+        batch: rows of the result.
+        bucket: the length is a multiple of this, and at least one more than the longest row.
+        actions: action positions kept of each row, at least those of the fullest one.
+        mesh: where the arrays go.
+    """
+    longest = max(len(row.token) for row in rows) + 1
+    T = -(-longest // bucket) * bucket
+    shape = (batch, T)
+    token_BT, action_BT = np.zeros(shape, np.int32), np.zeros(shape, bool)
+    logp_BT, reward_BT = np.zeros(shape, np.float32), np.zeros(shape, np.float32)
+    index_BA = np.zeros((batch, min(actions, T)), np.int32)
+    for b, row in enumerate(rows):
+        n = len(row.token)
+        counts = row.ending != Ending.ERROR
+        token_BT[b, :n] = row.token
+        action_BT[b, :n] = row.action & counts
+        logp_BT[b, :n] = row.logp_behavior
+        reward_BT[b, :n] = row.reward
+        where = np.flatnonzero(row.action & counts)
+        index_BA[b, : len(where)] = where
+
+    def ids(values: list[int], fill: int) -> np.ndarray:
+        return np.array(values + [fill] * (batch - len(rows)), np.int32)
+
+    experience = Experience(
+        token_BT=token_BT,
+        length_B=ids([len(row.token) for row in rows], 0),
+        action_BT=action_BT,
+        action_index_BA=index_BA,
+        logp_behavior_BT=np.where(action_BT, logp_BT, np.float32(0)),
+        reward_BT=reward_BT,
+        ending_B=ids([row.ending for row in rows], Ending.ERROR),
+        valid_B=ids([row.ending != Ending.ERROR for row in rows], 0).astype(bool),
+        group_B=ids([row.group for row in rows], batch - 1),
+        episode_B=ids([row.episode for row in rows], -1),
+        segment_B=ids([row.segment for row in rows], 0),
+    )
+    return shard_rows(experience, mesh)

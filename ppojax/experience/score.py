@@ -1,0 +1,54 @@
+"""Score packed rows: log-probabilities before the update and the critics' values."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from ppojax.experience.minibatch import split_rows
+from ppojax.models.forward import ModelDef, Params, score_tokens, values
+from ppojax.types import Experience
+
+
+class Scorers(NamedTuple):
+    """The parameters that score rows; None for what nobody asks for."""
+
+    old: Params | None = None
+    reference: Params | None = None
+    critic: Params | None = None
+
+
+@partial(jax.jit, static_argnames=("actor", "critic", "temperature", "microbatch_rows"))
+def score(
+    scorers: Scorers,
+    experience: Experience,
+    *,
+    actor: ModelDef,
+    critic: ModelDef | None,
+    temperature: float,
+    microbatch_rows: int,
+) -> Experience:
+    """Fill `logp_old_BT`, `logp_ref_BT` and `value_MBT` from the parameters that are given.
+
+    Rows go through in microbatches of the update's own shape, so that log-probabilities taken here and there come
+    from the same computation.
+    """
+
+    def logp(params: Params | None, rows: Experience) -> jax.Array | None:
+        return None if params is None else score_tokens(actor, params, rows, temperature=temperature).logp
+
+    def one(rows: Experience) -> tuple[jax.Array | None, jax.Array | None, jax.Array | None]:
+        value_BMT = None
+        if scorers.critic is not None:
+            assert critic is not None
+            value_BMT = jnp.swapaxes(values(critic, scorers.critic, rows.token_BT), 0, 1)
+        return logp(scorers.old, rows), logp(scorers.reference, rows), value_BMT
+
+    parts = jax.lax.map(one, split_rows(experience, microbatch_rows))
+    # Back from [parts, rows, ...] to the order of the batch: part i holds every row b with b % parts == i.
+    old_BT, ref_BT, value_BMT = jax.tree.map(lambda x: jnp.swapaxes(x, 0, 1).reshape(-1, *x.shape[2:]), parts)
+    value_MBT = None if value_BMT is None else jnp.swapaxes(value_BMT, 0, 1)
+    return experience._replace(logp_old_BT=old_BT, logp_ref_BT=ref_BT, value_MBT=value_MBT)

@@ -1,0 +1,76 @@
+"""What a step's experience says about the policy and the critic, as numbers for the log."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import jax
+import numpy as np
+
+from ppojax.types import Batch, Ending, Row
+
+
+def rollout_metrics(rows: Sequence[Row]) -> dict[str, float]:
+    """Rewards, lengths and endings of the rows that count; a failed row is only counted as failed."""
+    good = [row for row in rows if row.ending != Ending.ERROR]
+    score = np.array([row.reward.sum() for row in good] or [0.0])
+    written = np.array([row.action.sum() for row in good] or [0])
+    prompt = np.array([row.action.argmax() for row in good] or [0])
+    turns = np.array([sum(m["role"] == "assistant" for m in row.messages) for row in good] or [0])
+    groups: dict[int, list[float]] = {}
+    for row in good:
+        groups.setdefault(row.group, []).append(float(row.reward.sum()))
+    same = [max(g) - min(g) < 1e-6 for g in groups.values() if len(g) > 1]
+    return {
+        "reward/mean": float(score.mean()),
+        "reward/std": float(score.std()),
+        "reward/max": float(score.max()),
+        "reward/min": float(score.min()),
+        "reward/success": float(np.mean([bool(row.info.get("success", False)) for row in good] or [0.0])),
+        "reward/frac_zero_std": float(np.mean(same)) if same else 0.0,
+        "response_length/mean": float(written.mean()),
+        "response_length/max": float(written.max()),
+        "response_length/min": float(written.min()),
+        "response_length/clip_ratio": float(np.mean([row.ending == Ending.TRUNCATED for row in good] or [0.0])),
+        "prompt_length/mean": float(prompt.mean()),
+        "num_turns/mean": float(turns.mean()),
+        "error/frac": 1.0 - len(good) / len(rows),
+    }
+
+
+def to_go(reward_BT: np.ndarray, action_BT: np.ndarray, gamma: float) -> np.ndarray:
+    """Monte-Carlo return from each action on: G_t = r_t + gamma G_next, next running over action tokens."""
+    out, later = np.zeros_like(reward_BT), np.zeros(len(reward_BT), np.float32)
+    for t in reversed(range(reward_BT.shape[1])):
+        later = np.where(action_BT[:, t], reward_BT[:, t] + gamma * later, later)
+        out[:, t] = later
+    return out
+
+
+def advantage_metrics(batch: Batch, gamma: float) -> dict[str, float]:
+    """Advantages, values and returns over action tokens.
+
+    `critic/vf_explained_var` is 1 - Var[G - V] / Var[G] with G the Monte-Carlo return, not the bootstrapped target
+    (which contains V itself and flatters it); V is the mean over critics, taken before this step's update. It is
+    left out when returns do not vary.
+    """
+    e = jax.device_get(batch.experience)
+    action_BT, advantage_BT = e.action_BT, jax.device_get(batch.advantage_BT)
+    if not action_BT.any():
+        return {}
+    advantage = advantage_BT[action_BT]
+    out = {
+        "critic/advantages/mean": float(advantage.mean()),
+        "critic/advantages/max": float(advantage.max()),
+        "critic/advantages/min": float(advantage.min()),
+    }
+    returns = to_go(e.reward_BT, action_BT, gamma)[action_BT].astype(np.float64)
+    out["critic/returns/mean"] = float(returns.mean())
+    if e.value_MBT is not None:
+        value = e.value_MBT.mean(0)[action_BT].astype(np.float64)
+        out["critic/values/mean"] = float(value.mean())
+        out["critic/values/std"] = float(value.std())
+        out["critic/value_error/rms"] = float(np.sqrt(np.mean((returns - value) ** 2)))
+        if returns.var() > 1e-8:
+            out["critic/vf_explained_var"] = float(1 - (returns - value).var() / returns.var())
+    return out

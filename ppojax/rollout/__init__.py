@@ -1,0 +1,1 @@
+"""Rollouts: the sampler, its stop table, and the episodes that it plays."""

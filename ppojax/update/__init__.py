@@ -1,0 +1,1 @@
+"""Updates: train state, optimizers, and the jitted steps of actor and critic."""

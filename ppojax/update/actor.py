@@ -1,0 +1,59 @@
+"""The actor's step."""
+
+from __future__ import annotations
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+
+from ppojax.losses import Loss
+from ppojax.masking import finish, masked_max, masked_mean
+from ppojax.models.forward import ModelDef, Params, score_tokens
+from ppojax.types import Batch, LossOut, Mean, Metrics, TokenStats, TrainState
+from ppojax.update.accumulate import gradients
+from ppojax.update.settings import OptimizerConfig
+from ppojax.update.state import apply_gradients, state_shardings
+
+
+def mismatch(stats: TokenStats, batch: Batch) -> Metrics:
+    """How far the trainer's log-probabilities are from the sampler's: before the first update, numerics alone."""
+    e = batch.experience
+    gap_BT = jax.lax.stop_gradient(stats.logp) - e.logp_behavior_BT
+    return {
+        "sampling/logp_diff_mean": masked_mean(jnp.abs(gap_BT), e.action_BT),
+        "sampling/logp_diff_max": masked_max(jnp.abs(gap_BT), e.action_BT),
+        "sampling/ratio_mean": masked_mean(jnp.exp(jnp.clip(gap_BT, -20.0, 20.0)), e.action_BT),
+    }
+
+
+@partial(
+    jax.jit,
+    static_argnames=("model", "loss", "optimizer", "temperature", "microbatch_rows", "mesh"),
+    donate_argnames=("state",),
+)
+def actor_step(
+    state: TrainState,
+    batch: Batch,
+    *,
+    model: ModelDef,
+    loss: Loss,
+    optimizer: OptimizerConfig,
+    temperature: float,
+    microbatch_rows: int,
+    mesh: jax.sharding.Mesh,
+) -> tuple[TrainState, dict[str, jax.Array]]:
+    """Take one optimizer step on a minibatch: one gradient of `loss`, clipped, applied to the float32 masters."""
+
+    def objective(params: Params, rows: Batch) -> LossOut:
+        stats = score_tokens(model, params, rows.experience, temperature=temperature, entropy=loss.entropy)
+        out = loss(stats, rows)
+        return out._replace(metrics={**out.metrics, **mismatch(stats, rows)})
+
+    grads, value, metrics = gradients(objective, state.params, batch, microbatch_rows)
+    transform = optimizer.build()
+    rate = jnp.asarray(optimizer.learning_rate_at(state.step), jnp.float32)
+    state, applied = apply_gradients(state, grads, transform, state_shardings(model, transform, mesh))
+    one = jnp.float32(1)
+    metrics |= {"actor/loss": Mean(value, one), "actor/lr": Mean(rate, one)}
+    return state, finish(metrics | {f"actor/{name}": m for name, m in applied.items()})

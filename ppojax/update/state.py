@@ -1,0 +1,63 @@
+"""Train state: float32 masters and optimizer state, created and pinned on the mesh."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from ppojax.mesh import replicated
+from ppojax.models.forward import ModelDef, Params, param_shardings
+from ppojax.types import Mean, Metrics, TrainState
+
+
+def state_shardings(model: ModelDef, optimizer: optax.GradientTransformation, mesh: jax.sharding.Mesh) -> TrainState:
+    """Shardings of a train state: moments lie as their parameters do, counters everywhere."""
+    params = param_shardings(model, mesh)
+    everywhere = replicated(mesh)
+    abstract = jax.eval_shape(optimizer.init, jax.tree.map(lambda _: jnp.float32(0), params))
+    opt_state = optax.tree_map_params(
+        optimizer.init, lambda _, s: s, abstract, params, transform_non_params=lambda _: everywhere
+    )
+    return TrainState(params, opt_state, everywhere, everywhere)
+
+
+def init_state(
+    model: ModelDef, params: Params, optimizer: optax.GradientTransformation, mesh: jax.sharding.Mesh
+) -> TrainState:
+    """Place float32 parameters on the mesh and start the optimizer beside them."""
+    shardings = state_shardings(model, optimizer, mesh)
+    placed = jax.device_put(jax.tree.map(lambda p: p.astype("float32"), params), shardings.params)
+    start = jax.jit(
+        lambda p: TrainState(p, optimizer.init(p), jnp.int32(0), jnp.zeros(2, jnp.int32)), out_shardings=shardings
+    )
+    return start(placed)
+
+
+def apply_gradients(
+    state: TrainState, grads: Params, optimizer: optax.GradientTransformation, shardings: TrainState
+) -> tuple[TrainState, Metrics]:
+    """Take one optimizer step; leave parameters, moments and schedule untouched if a gradient is not finite."""
+    norm = optax.global_norm(grads)
+    finite = jnp.isfinite(norm)
+    updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+    params = optax.apply_updates(state.params, updates)
+    in_all, in_a_row = state.skipped
+    skipped = jnp.where(finite, jnp.stack([in_all, jnp.zeros_like(in_a_row)]), state.skipped + 1)
+    new = TrainState(params, opt_state, state.step + 1, skipped)
+    new = jax.tree.map(lambda a, b: jnp.where(finite, a, b), new, state._replace(skipped=skipped))
+    one = jnp.float32(1)
+    metrics: Metrics = {"grad_norm": Mean(norm, one), "skipped": Mean(1 - finite.astype(jnp.float32), one)}
+    return jax.lax.with_sharding_constraint(new, shardings), metrics
+
+
+def skipped_in_a_row(state: TrainState) -> int:
+    """Updates refused as non-finite since the last good one."""
+    return int(jax.device_get(state.skipped)[1])
+
+
+def abstract_state(state: Any) -> Any:
+    """Shapes, types and shardings of a state: the template of a restore."""
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state)
