@@ -1,0 +1,1 @@
+"""What surrounds the computation of a run: its directory, checkpoints, metrics, transcripts, display, and signals."""
