@@ -1,0 +1,17 @@
+"""From scored experience to a batch: the one place where an advantage estimator runs."""
+
+from __future__ import annotations
+
+from functools import partial
+
+import jax
+
+from ppojax.advantages import AdvantageEstimator
+from ppojax.types import Batch, Experience
+
+
+@partial(jax.jit, static_argnames=("estimator",))
+def make_batch(experience: Experience, *, estimator: AdvantageEstimator) -> Batch:
+    """Estimate advantages, and returns where critics are trained."""
+    out = estimator(experience)
+    return Batch(experience, out.advantage_BT, out.return_MBT)

@@ -1,0 +1,99 @@
+"""Assemble the parts of a run from its config."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import jax
+import numpy as np
+
+from ppojax.config import Config
+from ppojax.envs import Task
+from ppojax.errors import ConfigError, DataError
+from ppojax.mesh import replicated
+from ppojax.models.forward import ModelDef
+from ppojax.models.load import Loaded, load_critic, load_model
+from ppojax.models.tokenizer import Tokenizer
+from ppojax.rollout.collect import Collector
+from ppojax.rollout.sampler import SamplerDef
+from ppojax.rollout.stop import stop_table
+from ppojax.types import TrainState
+from ppojax.update.state import init_state
+
+# Purposes of randomness: each is folded into the seed's key (after the step, where there is one).
+INIT_ACTOR, INIT_CRITIC, SAMPLE, EVALUATE = range(4)
+
+
+@dataclass(frozen=True)
+class Parts:
+    """All that a run is made of, apart from its state."""
+
+    mesh: jax.sharding.Mesh
+    tokenizer: Tokenizer
+    actor: ModelDef
+    critic: ModelDef | None
+    collector: Collector
+    train_tasks: Sequence[Task]
+    eval_tasks: Sequence[Task]
+
+
+@dataclass
+class States:
+    """What training changes."""
+
+    actor: TrainState
+    critic: TrainState | None
+
+
+def build(config: Config) -> tuple[Parts, States]:
+    """Load models, place them on the mesh, and set up sampling.
+
+    Raises:
+        ConfigError: the mesh has too many devices or does not divide the model.
+        DataError: weights, tokenizer or tasks cannot be used.
+    """
+    mesh = config.mesh.build()
+    key = jax.random.key(config.seed)
+    loaded = load_model(config.model, jax.random.fold_in(key, INIT_ACTOR))
+    _check_mesh(config, loaded)
+    states = States(init_state(loaded.model, loaded.params, config.actor.optimizer.build(), mesh), None)
+    critic = None
+    if config.advantage.needs_values:
+        critic, params = load_critic(config.critic.model, loaded, jax.random.fold_in(key, INIT_CRITIC))
+        states.critic = init_state(critic, params, config.critic.build_optimizer(), mesh)
+    parts = Parts(
+        mesh,
+        loaded.tokenizer,
+        loaded.model,
+        critic,
+        make_collector(config, loaded.model, loaded.tokenizer, mesh),
+        config.env.tasks("train", config.seed),
+        config.env.tasks("eval", config.seed)[: config.eval.prompts],
+    )
+    if len(parts.train_tasks) < config.rollout.prompts:
+        raise DataError(f"env: {len(parts.train_tasks)} training tasks, rollout.prompts asks for {config.rollout.prompts}")
+    return parts, states
+
+
+def make_collector(config: Config, model: ModelDef, tokenizer: Tokenizer, mesh: jax.sharding.Mesh) -> Collector:
+    """Set up the sampler and the episodes."""
+    rollout = config.rollout
+    # One position stays free for the value of the state after a row's last token.
+    slots = rollout.max_tokens - 1
+    sampler = SamplerDef(replace(model, remat=False), mesh, slots, rollout.max_turn_tokens, rollout.temperature)
+    table = stop_table(tokenizer.token_bytes(), config.env.stop, tokenizer.eos_ids)
+    unused = np.repeat(np.arange(len(table), dtype=np.int32)[:, None], model.spec.vocab - table.shape[1], axis=1)
+    stop_SV = jax.device_put(np.concatenate([table, unused], axis=1), replicated(mesh))
+    return Collector(config.env, tokenizer, sampler, stop_SV, rollout.group_size, bucket=min(rollout.bucket, 16))
+
+
+def greedy(collector: Collector) -> Collector:
+    """The same episodes, one of each task, always with the most likely token."""
+    return replace(collector, sampler=replace(collector.sampler, greedy=True), group_size=1)
+
+
+def _check_mesh(config: Config, loaded: Loaded) -> None:
+    faults = config.mesh.check_divides(loaded.model.spec.axis_sizes())
+    if faults:
+        raise ConfigError("; ".join(faults))

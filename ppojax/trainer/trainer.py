@@ -1,0 +1,207 @@
+"""One training step, in the order in which data flows through it."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import numpy as np
+
+from ppojax.config import Config
+from ppojax.errors import DivergedError
+from ppojax.experience.batch import make_batch
+from ppojax.experience.minibatch import minibatches
+from ppojax.experience.pack import pack
+from ppojax.experience.score import Scorers, score
+from ppojax.experience.summary import advantage_metrics, rollout_metrics
+from ppojax.rollout.tasks import task_stream
+from ppojax.runtime.compiling import compile_metrics
+from ppojax.trainer.build import SAMPLE, States, build
+from ppojax.trainer.warm_start import warm_start
+from ppojax.types import Batch, Rollout
+from ppojax.update.actor import actor_step
+from ppojax.update.critic import critic_step
+from ppojax.update.state import skipped_in_a_row
+
+
+@dataclass(frozen=True)
+class StepOut:
+    """What one step saw and did."""
+
+    step: int
+    metrics: dict[str, float]
+    rollout: Rollout
+    batch: Batch
+
+
+class Trainer:
+    """A run that is advanced one step at a time.
+
+    ```python
+    trainer = Trainer(Config.load("config=configs/tiny.yaml"))
+    while trainer.number < 10:
+        print(trainer.step().metrics["reward/mean"])
+    ```
+    """
+
+    def __init__(self, config: Config) -> None:
+        """Load models and tasks; train nothing yet.
+
+        Raises:
+            ConfigError, DataError: see `ppojax.trainer.build.build`.
+        """
+        self.config = config
+        self.parts, self.states = build(config)
+        self.stream = task_stream(self.parts.train_tasks, config.rollout.prompts, config.seed)
+        self.number = 0  # steps done
+        needs_reference = "logp_ref" in config.loss.needs
+        self.reference = jax.tree.map(lambda p: p.copy(), self.states.actor.params) if needs_reference else None
+        self._seconds: dict[str, float] = {}
+
+    def warm_start(self) -> list[float]:
+        """Do the supervised steps that the config asks for, if any; return their losses."""
+        settings = self.config.warm_start
+        if settings is None:
+            return []
+        self.states.actor, losses = warm_start(self.config, settings, self.parts, self.states.actor)
+        return losses
+
+    def step(self) -> StepOut:
+        """Sample, score, estimate advantages, update the critic, then the actor.
+
+        Raises:
+            DivergedError: too many updates in a row had gradients that are not finite.
+        """
+        config, parts, states = self.config, self.parts, self.states
+        self._seconds = {}
+        start = time.perf_counter()
+        key = jax.random.fold_in(jax.random.fold_in(jax.random.key(config.seed), self.number), SAMPLE)
+
+        with self._timed("gen"):
+            rollout = parts.collector(states.actor.params, next(self.stream), key)
+        experience = pack(
+            rollout.rows,
+            batch=config.rollout.rows,
+            bucket=config.rollout.bucket,
+            actions=config.env.max_turns * config.rollout.max_turn_tokens,
+            mesh=parts.mesh,
+        )
+        with self._timed("values"):
+            experience = jax.block_until_ready(
+                score(
+                    self._scorers(),
+                    experience,
+                    actor=parts.actor,
+                    critic=parts.critic,
+                    temperature=config.rollout.temperature,
+                    microbatch_rows=config.update.microbatch_rows,
+                )
+            )
+        batch = make_batch(experience, estimator=config.advantage)
+        metrics = rollout_metrics(rollout.rows) | rollout.metrics | advantage_metrics(batch, config.advantage.gamma)
+        if states.critic is not None:
+            with self._timed("update_critic"):
+                metrics |= self._update_critic(batch)
+        if states.critic is None or self.number >= config.critic.warmup_steps:
+            with self._timed("update_actor"):
+                metrics |= self._update_actor(batch)
+        self.number += 1
+        metrics |= self._performance(rollout, time.perf_counter() - start) | compile_metrics()
+        return StepOut(self.number, metrics, rollout, batch)
+
+    def state(self) -> dict[str, Any]:
+        """The arrays that a checkpoint holds."""
+        return {"actor": self.states.actor, "critic": self.states.critic, "reference": self.reference}
+
+    def position(self) -> dict[str, Any]:
+        """The rest of what a checkpoint holds, as JSON: randomness needs only the seed and the step."""
+        return {"step": self.number, "tasks": self.stream.get_state(), "tokenizer": self.parts.tokenizer.fingerprint()}
+
+    def restore(self, state: dict[str, Any], position: dict[str, Any]) -> None:
+        """Go back to where `state()` and `position()` were taken."""
+        self.states = States(state["actor"], state["critic"])
+        self.reference = state["reference"]
+        self.number = position["step"]
+        self.stream.set_state(position["tasks"])
+
+    def _scorers(self) -> Scorers:
+        params = self.states.actor.params
+        critic = self.states.critic
+        return Scorers(
+            old=params if "logp_old" in self.config.loss.needs else None,
+            reference=self.reference,
+            critic=None if critic is None else critic.params,
+        )
+
+    def _update_critic(self, batch: Batch) -> dict[str, float]:
+        assert self.states.critic is not None and self.parts.critic is not None
+        config, parts, done = self.config, self.parts, []
+        for epoch in range(config.update.epochs * config.critic.updates):
+            for minibatch in minibatches(batch, config.update.minibatches, (config.seed, self.number, epoch, 1)):
+                self.states.critic, metrics = critic_step(
+                    self.states.critic,
+                    minibatch,
+                    model=parts.critic,
+                    config=config.critic,
+                    microbatch_rows=config.update.microbatch_rows,
+                    mesh=parts.mesh,
+                )
+                done.append(metrics)
+        self._check_finite("critic", skipped_in_a_row(self.states.critic))
+        return _average(done)
+
+    def _update_actor(self, batch: Batch) -> dict[str, float]:
+        config, parts, done = self.config, self.parts, []
+        for epoch in range(config.update.epochs):
+            for minibatch in minibatches(batch, config.update.minibatches, (config.seed, self.number, epoch, 0)):
+                self.states.actor, metrics = actor_step(
+                    self.states.actor,
+                    minibatch,
+                    model=parts.actor,
+                    loss=config.loss,
+                    optimizer=config.actor.optimizer,
+                    temperature=config.rollout.temperature,
+                    microbatch_rows=config.update.microbatch_rows,
+                    mesh=parts.mesh,
+                )
+                done.append(metrics)
+        self._check_finite("actor", skipped_in_a_row(self.states.actor))
+        # Only before the first update is the gap to the sampler numerical; afterwards it is learning.
+        first = {name: float(v) for name, v in done[0].items() if name.startswith("sampling/")}
+        return _average(done) | first
+
+    def _check_finite(self, who: str, in_a_row: int) -> None:
+        if in_a_row >= self.config.update.max_skipped:
+            raise DivergedError(
+                f"{who}: gradients were not finite in {in_a_row} updates in a row (update.max_skipped): "
+                f"lower {who}.optimizer.learning_rate or look at the last transcripts"
+            )
+
+    def _performance(self, rollout: Rollout, seconds: float) -> dict[str, float]:
+        tokens = sum(len(row.token) for row in rollout.rows)
+        timing = {f"timing_s/{name}": value for name, value in self._seconds.items()}
+        return timing | {
+            "timing_s/step": seconds,
+            "perf/time_per_step": seconds,
+            "perf/total_num_tokens": float(tokens),
+            "perf/throughput": tokens / seconds / self.parts.mesh.size,
+        }
+
+    @contextmanager
+    def _timed(self, name: str) -> Iterator[None]:
+        start = time.perf_counter()
+        yield
+        self._seconds[name] = time.perf_counter() - start
+
+
+def _average(steps: list[dict[str, jax.Array]]) -> dict[str, float]:
+    """Means over the optimizer steps of one training step; maxima for names that end in `_max`."""
+    host = jax.device_get(steps)
+    return {
+        name: float(np.max([m[name] for m in host]) if name.endswith("_max") else np.mean([m[name] for m in host]))
+        for name in host[0]
+    }

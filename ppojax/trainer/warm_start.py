@@ -1,0 +1,48 @@
+"""Supervised steps on an environment's demonstrations, before reinforcement learning."""
+
+from __future__ import annotations
+
+import jax.numpy as jnp
+import numpy as np
+
+from ppojax.config import Config
+from ppojax.experience.pack import pack
+from ppojax.losses import NLL
+from ppojax.rollout.demonstrate import demonstrate
+from ppojax.rollout.tasks import task_stream
+from ppojax.trainer.build import Parts
+from ppojax.types import Batch, TrainState
+from ppojax.update.actor import actor_step
+from ppojax.update.settings import WarmStartConfig
+from ppojax.update.state import init_state
+
+
+def warm_start(
+    config: Config, settings: WarmStartConfig, parts: Parts, state: TrainState
+) -> tuple[TrainState, list[float]]:
+    """Fit demonstrations by maximum likelihood; return a state with a fresh optimizer, and each step's loss."""
+    rng = np.random.default_rng((config.seed, settings.steps))
+    stream = task_stream(parts.train_tasks, settings.rows, config.seed + 1)
+    state = init_state(parts.actor, state.params, settings.optimizer.build(), parts.mesh)
+    losses = []
+    for _ in range(settings.steps):
+        rows = demonstrate(config.env, parts.tokenizer, next(stream), wrong=settings.corrupt, rng=rng)
+        experience = pack(
+            rows,
+            batch=settings.rows,
+            bucket=config.rollout.bucket,
+            actions=config.env.max_turns * config.rollout.max_turn_tokens,
+            mesh=parts.mesh,
+        )
+        state, metrics = actor_step(
+            state,
+            Batch(experience, jnp.ones_like(experience.reward_BT)),
+            model=parts.actor,
+            loss=NLL(),
+            optimizer=settings.optimizer,
+            temperature=1.0,
+            microbatch_rows=settings.rows,
+            mesh=parts.mesh,
+        )
+        losses.append(metrics["actor/loss"])
+    return init_state(parts.actor, state.params, config.actor.optimizer.build(), parts.mesh), [float(x) for x in losses]
