@@ -118,11 +118,9 @@ def _overlap(a: str, b: str) -> bool:
 
 
 def _origin(origins: Mapping[str, Origin], key: str) -> Origin:
-    """Find where a key was written: itself, the list or section around it, or the first key below it."""
-    parts = key.split(".")
-    for n in range(len(parts), 0, -1):
-        if (around := ".".join(parts[:n])) in origins:
-            return origins[around]
+    """Find where a key was written: itself, or the first key below it."""
+    if key in origins:
+        return origins[key]
     return next((origin for below, origin in origins.items() if below.startswith(f"{key}.")), Origin("default"))
 
 

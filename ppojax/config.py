@@ -1,0 +1,285 @@
+"""The root config: the sections of a run, and which of their values cannot hold together."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping
+from typing import ClassVar, Literal
+
+from pydantic import Field, field_validator
+
+from ppojax.advantages import GAE, AdvantageEstimator, Group
+from ppojax.component import Component
+from ppojax.envs import EnvConfig
+from ppojax.losses import DPPO, Loss
+from ppojax.mesh import MeshConfig
+from ppojax.models.settings import CutCritic, FreshCritic, FreshSpec, ModelConfig
+from ppojax.rollout.settings import RolloutConfig
+from ppojax.runtime.settings import CheckpointConfig
+from ppojax.settings import Contradiction, Settings, load_config
+from ppojax.update.settings import ActorConfig, CriticConfig, OptimizerConfig, UpdateConfig, WarmStartConfig
+
+# What users of verl, TRL and others would write.
+FOREIGN_KEYS = {
+    "actor_rollout_ref.actor.clip_ratio": "loss.clip_low",
+    "actor_rollout_ref.actor.clip_ratio_high": "loss.clip_high",
+    "actor_rollout_ref.actor.clip_ratio_low": "loss.clip_low",
+    "actor_rollout_ref.actor.entropy_coeff": "loss.entropy_coefficient",
+    "actor_rollout_ref.actor.grad_clip": "actor.optimizer.max_grad_norm",
+    "actor_rollout_ref.actor.kl_loss_coef": "loss.kl.coefficient",
+    "actor_rollout_ref.actor.loss_agg_mode": "loss.aggregation",
+    "actor_rollout_ref.actor.optim.lr": "actor.optimizer.learning_rate",
+    "actor_rollout_ref.actor.optim.lr_warmup_steps": "actor.optimizer.warmup_steps",
+    "actor_rollout_ref.actor.optim.weight_decay": "actor.optimizer.weight_decay",
+    "actor_rollout_ref.actor.ppo_epochs": "update.epochs",
+    "actor_rollout_ref.actor.ppo_micro_batch_size_per_gpu": "update.microbatch_rows",
+    "actor_rollout_ref.actor.ppo_mini_batch_size": "update.minibatches",
+    "actor_rollout_ref.model.path": "model.path",
+    "actor_rollout_ref.rollout.n": "rollout.group_size",
+    "actor_rollout_ref.rollout.temperature": "rollout.temperature",
+    "actor_rollout_ref.rollout.tensor_model_parallel_size": "mesh.tensor",
+    "algorithm.adv_estimator": "advantage.type",
+    "algorithm.gamma": "advantage.gamma",
+    "algorithm.lam": "advantage.lambda_policy",
+    "batch_size": "rollout.prompts",
+    "critic.cliprange_value": "critic.loss.clip",
+    "critic.optim.lr": "critic.optimizer.learning_rate",
+    "critic.ppo_epochs": "critic.updates",
+    "data.max_response_length": "rollout.max_turn_tokens",
+    "data.train_batch_size": "rollout.prompts",
+    "gae_lambda": "advantage.lambda_policy",
+    "learning_rate": "actor.optimizer.learning_rate",
+    "lr": "actor.optimizer.learning_rate",
+    "max_completion_length": "rollout.max_turn_tokens",
+    "max_steps": "steps",
+    "num_generations": "rollout.group_size",
+    "output_dir": "run.dir",
+    "trainer.critic_warmup": "critic.warmup_steps",
+    "trainer.default_local_dir": "run.dir",
+    "trainer.experiment_name": "run.name",
+    "trainer.n_gpus_per_node": "mesh.data",
+    "trainer.resume_mode": "resume",
+    "trainer.save_freq": "checkpoint.every",
+    "trainer.test_freq": "eval.every",
+    "trainer.total_training_steps": "steps",
+}
+
+
+class RunConfig(Component):
+    """Where a run leaves its files: `<dir>/<name>/`."""
+
+    name: str = Field("run", description="folder of the run inside dir")
+    dir: str = Field("runs", min_length=1, description="folder that holds runs")
+    tensorboard: bool = Field(True, description="also write the metrics for TensorBoard")
+
+    @field_validator("name")
+    @classmethod
+    def _one_folder(cls, name: str) -> str:
+        if not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9._=+-]*", name):
+            raise ValueError("expected the name of a folder: letters, digits and . _ = + -, no leading dot or dash")
+        return name
+
+
+class EvalConfig(Component):
+    """How held-out tasks are tried while training."""
+
+    every: int = Field(10, ge=0, description="steps between evaluations, which also open and close a run; 0 for none")
+    prompts: int = Field(64, ge=1, description="held-out tasks, the same ones each time")
+    samples: int = Field(8, ge=1, description="sampled answers a task for pass@k, in `python -m ppojax.evaluate`")
+
+
+class Config(Settings):
+    """A training run."""
+
+    foreign_keys: ClassVar[Mapping[str, str]] = FOREIGN_KEYS
+
+    seed: int = Field(0, ge=0, lt=2**32, description="seed of all randomness")
+    steps: int = Field(100, ge=1, description="training steps: each samples episodes once and updates on them")
+    resume: bool | Literal["strict"] = Field(
+        False, description="go on from the last checkpoint that is whole; strict: only from the very last one"
+    )
+    run: RunConfig = Field(RunConfig(), description="where the run leaves its files")
+    mesh: MeshConfig = Field(MeshConfig(), description="devices along each axis")
+    model: ModelConfig = Field(ModelConfig(), description="the policy's model")
+    actor: ActorConfig = Field(ActorConfig(), description="the policy's update")
+    critic: CriticConfig = Field(
+        CriticConfig(), description="the critic and its update; left alone when advantages need no values"
+    )
+    env: EnvConfig = Field(description="tasks, and what answers the policy")
+    rollout: RolloutConfig = Field(RolloutConfig(), description="how episodes are sampled")
+    advantage: AdvantageEstimator = Field(GAE(), description="credit of each token")
+    loss: Loss = Field(DPPO(), description="the policy's loss")
+    update: UpdateConfig = Field(UpdateConfig(), description="how a step's rows become optimizer steps")
+    warm_start: WarmStartConfig | None = Field(None, description="supervised steps before the first training step")
+    checkpoint: CheckpointConfig = Field(CheckpointConfig(), description="when checkpoints are written")
+    eval: EvalConfig = Field(EvalConfig(), description="when held-out tasks are tried")
+
+    @classmethod
+    def load(cls, *arguments: str) -> Config:
+        """Read `config=a.yaml,b.yaml` and `key.sub=value` arguments, as on the command line.
+
+        Raises ConfigError with one line for each fault.
+        """
+        return load_config(cls, arguments).config
+
+    def contradictions(self) -> Iterator[Contradiction]:
+        """List the settings that cannot hold together, as far as can be told without loading weights."""
+        yield from _model(self)
+        yield from _rows(self)
+        yield from _tokens(self)
+        yield from _schedules(self)
+        if self.advantage.needs_values:
+            yield from _critic(self)
+        if self.warm_start is not None:
+            yield from _warm_start(self)
+
+
+def _model(config: Config) -> Iterator[Contradiction]:
+    model = config.model
+    if model.path is None and model.fresh is None:
+        yield Contradiction(
+            ("model.path", "model.fresh"),
+            "there is no model",
+            "give model.path=smollm2 (or a folder, a .gguf file, a hub id), or model.fresh.layers=... for a new one",
+        )
+    elif model.path is not None and model.fresh is not None:
+        yield Contradiction(
+            ("model.path", "model.fresh"),
+            "a model is either loaded or made from scratch",
+            "set model.path=null or model.fresh=null",
+        )
+    elif model.fresh is not None:
+        if model.tokenizer is None:
+            yield Contradiction(
+                ("model.fresh", "model.tokenizer"),
+                "a model from scratch brings no tokenizer",
+                "set model.tokenizer=char",
+            )
+        yield from _shape(config, model.fresh, "model.fresh")
+    elif model.tokenizer is not None:
+        yield Contradiction(
+            ("model.path", "model.tokenizer"),
+            "a loaded model brings its own tokenizer",
+            "set model.tokenizer=null",
+        )
+
+
+def _shape(config: Config, shape: FreshSpec, key: str) -> Iterator[Contradiction]:
+    if shape.width % (2 * shape.heads):
+        yield Contradiction(
+            (f"{key}.width", f"{key}.heads"),
+            "heads have equal, even widths",
+            f"make width a multiple of {2 * shape.heads}",
+        )
+    if shape.heads % shape.kv_heads:
+        yield Contradiction(
+            (f"{key}.heads", f"{key}.kv_heads"),
+            "each key/value head serves the same number of heads",
+            f"kv_heads may be {_divisors(shape.heads)}",
+        )
+    for axis, parts, size, name in (
+        ("fsdp", config.mesh.fsdp, shape.width, "width"),
+        ("tensor", config.mesh.tensor, shape.heads, "heads"),
+        ("tensor", config.mesh.tensor, shape.kv_heads, "kv_heads"),
+        ("tensor", config.mesh.tensor, shape.ffn, "ffn"),
+    ):
+        if size % parts:
+            yield Contradiction(
+                (f"mesh.{axis}", f"{key}.{name}"),
+                f"{name} is split over mesh.{axis} and does not divide",
+                f"mesh.{axis} may be {_divisors(size)}",
+            )
+
+
+def _rows(config: Config) -> Iterator[Contradiction]:
+    rollout, update, mesh = config.rollout, config.update, config.mesh
+    counted = ("rollout.prompts", "rollout.group_size")
+    if isinstance(config.advantage, Group) and rollout.group_size == 1:
+        yield Contradiction(
+            ("advantage.type", "rollout.group_size"),
+            "an episode is compared with the others of its task, and there are none",
+            "set rollout.group_size to 2 or more, or advantage.type=gae",
+        )
+    rows = rollout.rows // update.minibatches
+    if rollout.rows % update.minibatches:
+        yield Contradiction(
+            (*counted, "update.minibatches"),
+            f"{rollout.rows} episodes a step are not dealt out evenly",
+            f"update.minibatches may be {_divisors(rollout.rows)}",
+        )
+    elif rows % update.microbatch_rows:
+        yield Contradiction(
+            (*counted, "update.minibatches", "update.microbatch_rows"),
+            f"the {rows} rows of a minibatch are not cut evenly",
+            f"update.microbatch_rows may be {_divisors(rows, mesh.row_shards)}",
+        )
+    elif update.microbatch_rows % mesh.row_shards:
+        yield Contradiction(
+            ("update.microbatch_rows", "mesh.data", "mesh.fsdp"),
+            f"the rows of a microbatch are not split evenly over {mesh.row_shards} devices",
+            f"update.microbatch_rows may be {_divisors(rows, mesh.row_shards)}",
+        )
+
+
+def _tokens(config: Config) -> Iterator[Contradiction]:
+    if config.rollout.max_turn_tokens >= config.rollout.max_tokens:
+        yield Contradiction(
+            ("rollout.max_turn_tokens", "rollout.max_tokens"),
+            "a turn leaves no room for the prompt in its row",
+            "raise rollout.max_tokens or lower rollout.max_turn_tokens",
+        )
+
+
+def _schedules(config: Config) -> Iterator[Contradiction]:
+    optimizers: dict[str, OptimizerConfig] = {"actor.optimizer": config.actor.optimizer}
+    if config.advantage.needs_values:
+        optimizers["critic.optimizer"] = config.critic.optimizer
+    if config.warm_start is not None:
+        optimizers["warm_start.optimizer"] = config.warm_start.optimizer
+    for key, optimizer in optimizers.items():
+        if optimizer.schedule != "constant" and optimizer.decay_steps == 0:
+            yield Contradiction(
+                (f"{key}.schedule", f"{key}.decay_steps"),
+                "the learning rate would fall to zero at once",
+                f"set {key}.decay_steps, or {key}.schedule=constant",
+            )
+
+
+def _critic(config: Config) -> Iterator[Contradiction]:
+    critic, fresh = config.critic, config.model.fresh
+    if isinstance(critic.model, CutCritic) and fresh is not None and critic.model.layers > fresh.layers:
+        yield Contradiction(
+            ("critic.model.layers", "model.fresh.layers"),
+            "the critic takes more blocks than the actor has",
+            f"set critic.model.layers to {fresh.layers} or less",
+        )
+    if isinstance(critic.model, FreshCritic):
+        yield from _shape(config, critic.model.shape, "critic.model.shape")
+    if critic.warmup_steps >= config.steps:
+        yield Contradiction(
+            ("critic.warmup_steps", "steps"),
+            "the policy would never be trained",
+            "raise steps or lower critic.warmup_steps",
+        )
+
+
+def _warm_start(config: Config) -> Iterator[Contradiction]:
+    assert config.warm_start is not None
+    if not config.env.has_expert:
+        yield Contradiction(
+            ("warm_start.steps", "env.type"),
+            "this environment has no expert to learn from",
+            "set warm_start=null",
+        )
+    if config.warm_start.rows % config.mesh.row_shards:
+        yield Contradiction(
+            ("warm_start.rows", "mesh.data", "mesh.fsdp"),
+            f"demonstrations are not split evenly over {config.mesh.row_shards} devices",
+            f"make warm_start.rows a multiple of {config.mesh.row_shards}",
+        )
+
+
+def _divisors(n: int, multiple_of: int = 1) -> str:
+    """List the divisors of n that are multiples of a number: `1, 2, 4`."""
+    divisors = [d for d in range(1, n + 1) if n % d == 0 and d % multiple_of == 0]
+    return ", ".join(map(str, divisors)) or f"nothing: make {n} a multiple of {multiple_of}"

@@ -1,0 +1,222 @@
+"""The root config: what it composes, and every pair of settings that cannot hold together."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from ppojax.advantages import GAE
+from ppojax.config import FOREIGN_KEYS, Config
+from ppojax.errors import ConfigError
+from ppojax.losses import DPPO
+from ppojax.settings import help_text
+from ppojax.settings.schema import keys
+
+CONFIGS = sorted((Path(__file__).parent.parent / "configs").glob("*.yaml"))
+BASE = ("env.type=calc", "model.path=smollm2")
+FRESH = ("env.type=calc", "model.fresh={}", "model.tokenizer=char", "critic.model.layers=4")
+
+
+def faults(*arguments: str) -> list[str]:
+    with pytest.raises(ConfigError) as caught:
+        Config.load(*arguments)
+    return str(caught.value).splitlines()
+
+
+def test_the_defaults_hold_together() -> None:
+    for base in (BASE, FRESH):
+        config = Config.load(*base)
+        assert isinstance(config.advantage, GAE) and isinstance(config.loss, DPPO)
+        assert config.critic.optimizer.learning_rate == 1e-5
+        assert hash(config) == hash(Config.load(*base))
+
+
+def test_a_config_made_in_python_is_checked_too() -> None:
+    config = Config.load(*BASE)
+    same = Config(env=config.env, model=config.model)
+    assert same == config
+    with pytest.raises(ConfigError, match=r"model\.path=null, model\.fresh=null: there is no model; give model\.path="):
+        Config(env=config.env)
+
+
+def test_the_resolved_config_is_a_config(tmp_path: Path) -> None:
+    config = Config.load(*FRESH, "advantage.type=group", "loss.type=ppo", "warm_start.steps=3", "resume=strict")
+    file = tmp_path / "config.yaml"
+    file.write_text(config.to_yaml())
+    assert Config.load(f"config={file}") == config
+
+
+@pytest.mark.parametrize("file", CONFIGS, ids=lambda file: file.name)
+def test_shipped_configs_hold_together(file: Path, tmp_path: Path) -> None:
+    config = Config.load(f"config={file}")
+    resolved = tmp_path / "config.yaml"
+    resolved.write_text(config.to_yaml())
+    assert Config.load(f"config={resolved}") == config
+
+
+def test_configs_are_shipped() -> None:
+    assert {"quickstart.yaml", "tiny.yaml"} <= {file.name for file in CONFIGS}
+
+
+def test_a_mistyped_key_names_the_nearest() -> None:
+    [line] = faults(*BASE, "actor.optimizer.learning_rte=1")
+    assert line == (
+        "unknown key actor.optimizer.learning_rte (command line); did you mean actor.optimizer.learning_rate?"
+    )
+
+
+@pytest.mark.parametrize("key", FOREIGN_KEYS)
+def test_keys_of_other_libraries_are_understood(key: str) -> None:
+    known = dict(keys(Config))
+    assert FOREIGN_KEYS[key] in known and key not in known
+    assert faults(*BASE, f"{key}=1") == [f"unknown key {key} (command line); did you mean {FOREIGN_KEYS[key]}?"]
+
+
+def test_every_key_says_what_it_is() -> None:
+    silent = [key for key, field in keys(Config) if not (field.description or key.endswith(".type"))]
+    assert silent == []
+
+
+def test_help_describes_every_section() -> None:
+    for key, _ in keys(Config):
+        assert f"  {key}: " in help_text(Config, key)
+
+
+def test_an_environment_must_be_chosen() -> None:
+    [line] = faults("model.path=smollm2")
+    assert line.startswith("env is missing: expected ")
+
+
+@pytest.mark.parametrize("name", ["../x", "a/b", ".hidden", "-x", ""])
+def test_a_run_is_one_folder(name: str) -> None:
+    [line] = faults(*BASE, f"run.name='{name}'")
+    assert "expected the name of a folder: letters, digits and . _ = + -, no leading dot or dash" in line
+
+
+CONTRADICTIONS = [
+    (
+        ("env.type=calc",),
+        "model.path=null (default), model.fresh=null (default): there is no model; give model.path=smollm2 "
+        "(or a folder, a .gguf file, a hub id), or model.fresh.layers=... for a new one",
+    ),
+    (
+        (*FRESH, "model.path=smollm2"),
+        "model.path=smollm2 (command line), model.fresh={...} (command line): "
+        "a model is either loaded or made from scratch; set model.path=null or model.fresh=null",
+    ),
+    (
+        (*FRESH, "model.tokenizer=null"),
+        "model.fresh={...} (command line), model.tokenizer=null (command line): "
+        "a model from scratch brings no tokenizer; set model.tokenizer=char",
+    ),
+    (
+        (*BASE, "model.tokenizer=char"),
+        "model.path=smollm2 (command line), model.tokenizer=char (command line): "
+        "a loaded model brings its own tokenizer; set model.tokenizer=null",
+    ),
+    (
+        (*FRESH, "model.fresh.width=100"),
+        "model.fresh.width=100 (command line), model.fresh.heads=4 (default): "
+        "heads have equal, even widths; make width a multiple of 8",
+    ),
+    (
+        (*FRESH, "model.fresh.kv_heads=3"),
+        "model.fresh.heads=4 (default), model.fresh.kv_heads=3 (command line): "
+        "each key/value head serves the same number of heads; kv_heads may be 1, 2, 4",
+    ),
+    (
+        (*FRESH, "model.fresh.width=136", "mesh.fsdp=16", "update.microbatch_rows=16", "rollout.prompts=16"),
+        "mesh.fsdp=16 (command line), model.fresh.width=136 (command line): "
+        "width is split over mesh.fsdp and does not divide; mesh.fsdp may be 1, 2, 4, 8, 17, 34, 68, 136",
+    ),
+    (
+        (*FRESH, "model.fresh.kv_heads=2", "mesh.tensor=4"),
+        "mesh.tensor=4 (command line), model.fresh.kv_heads=2 (command line): "
+        "kv_heads is split over mesh.tensor and does not divide; mesh.tensor may be 1, 2",
+    ),
+    (
+        (*BASE, "advantage.type=group", "rollout.group_size=1"),
+        "advantage.type=group (command line), rollout.group_size=1 (command line): an episode is compared with the "
+        "others of its task, and there are none; set rollout.group_size to 2 or more, or advantage.type=gae",
+    ),
+    (
+        (*BASE, "update.minibatches=3"),
+        "rollout.prompts=8 (default), rollout.group_size=4 (default), update.minibatches=3 (command line): "
+        "32 episodes a step are not dealt out evenly; update.minibatches may be 1, 2, 4, 8, 16, 32",
+    ),
+    (
+        (*BASE, "update.minibatches=2", "update.microbatch_rows=3"),
+        "rollout.prompts=8 (default), rollout.group_size=4 (default), update.minibatches=2 (command line), "
+        "update.microbatch_rows=3 (command line): the 16 rows of a minibatch are not cut evenly; "
+        "update.microbatch_rows may be 1, 2, 4, 8, 16",
+    ),
+    (
+        (*BASE, "update.microbatch_rows=2", "mesh.data=2", "mesh.fsdp=2"),
+        "update.microbatch_rows=2 (command line), mesh.data=2 (command line), mesh.fsdp=2 (command line): "
+        "the rows of a microbatch are not split evenly over 4 devices; update.microbatch_rows may be 4, 8, 16, 32",
+    ),
+    (
+        (*BASE, "mesh.data=3"),
+        "update.microbatch_rows=8 (default), mesh.data=3 (command line), mesh.fsdp=1 (default): "
+        "the rows of a microbatch are not split evenly over 3 devices; "
+        "update.microbatch_rows may be nothing: make 32 a multiple of 3",
+    ),
+    (
+        (*BASE, "rollout.max_turn_tokens=512"),
+        "rollout.max_turn_tokens=512 (command line), rollout.max_tokens=512 (default): a turn leaves no room for the "
+        "prompt in its row; raise rollout.max_tokens or lower rollout.max_turn_tokens",
+    ),
+    (
+        (*BASE, "actor.optimizer.schedule=cosine"),
+        "actor.optimizer.schedule=cosine (command line), actor.optimizer.decay_steps=0 (default): the learning rate "
+        "would fall to zero at once; set actor.optimizer.decay_steps, or actor.optimizer.schedule=constant",
+    ),
+    (
+        (*BASE, "critic.optimizer.schedule=linear"),
+        "critic.optimizer.schedule=linear (command line), critic.optimizer.decay_steps=0 (default): the learning rate "
+        "would fall to zero at once; set critic.optimizer.decay_steps, or critic.optimizer.schedule=constant",
+    ),
+    (
+        (*FRESH, "critic.model.layers=5"),
+        "critic.model.layers=5 (command line), model.fresh.layers=4 (default): "
+        "the critic takes more blocks than the actor has; set critic.model.layers to 4 or less",
+    ),
+    (
+        (*BASE, "critic.model.type=fresh", "critic.model.shape.width=100"),
+        "critic.model.shape.width=100 (command line), critic.model.shape.heads=4 (default): "
+        "heads have equal, even widths; make width a multiple of 8",
+    ),
+    (
+        (*BASE, "critic.warmup_steps=5", "steps=5"),
+        "critic.warmup_steps=5 (command line), steps=5 (command line): "
+        "the policy would never be trained; raise steps or lower critic.warmup_steps",
+    ),
+    (
+        (*BASE, "warm_start.rows=6", "mesh.data=4"),
+        "warm_start.rows=6 (command line), mesh.data=4 (command line), mesh.fsdp=1 (default): "
+        "demonstrations are not split evenly over 4 devices; make warm_start.rows a multiple of 4",
+    ),
+]
+
+
+@pytest.mark.parametrize(("arguments", "line"), CONTRADICTIONS, ids=lambda value: str(value)[-40:])
+def test_contradictions(arguments: tuple[str, ...], line: str) -> None:
+    assert faults(*arguments) == [line]
+
+
+def test_contradictions_are_told_together_with_all_else() -> None:
+    lines = faults(
+        "env.type=calc", "seed=-1", "update.minibatches=3", "rollout.max_turn_tokens=600", "stesp=3", "model={}"
+    )
+    assert [line.split("=")[0].split(" (")[0] for line in lines] == [
+        "unknown key stesp",
+        "seed",
+        "model.path",
+        "rollout.prompts",
+        "rollout.max_turn_tokens",
+    ]
+
+
+def test_what_is_not_used_is_not_judged() -> None:
+    Config.load(*FRESH, "critic.model.layers=99", "critic.warmup_steps=999", "advantage.type=group")
