@@ -61,12 +61,25 @@ class Rollout:
     metrics: dict[str, float] = field(default_factory=dict)
 
 
+@dataclass(frozen=True)
+class Layout:
+    """How the rows of an `Experience` lie, as far as a model call can use it (static, hashable).
+
+    Every `group` consecutive rows begin with the same tokens, at most `prefix` of them (`Experience.prefix_B` says how
+    many): a model reads those once for the group. `group = 1` says nothing.
+    """
+
+    group: int = 1
+    prefix: int = 0
+
+
 class Experience(NamedTuple):
     """Rows aligned and padded to a bucket. The last column is never an action, so `value_MBT` has a place for the
     value of the state after a row's last token."""
 
     token_BT: jax.Array  # int32
     length_B: jax.Array  # int32: real tokens of the row
+    prefix_B: jax.Array  # int32: tokens before the first action, shared by the rows of a group (see `Layout`)
     action_BT: jax.Array  # bool: chosen by the policy, in a row that counts
     action_index_BA: jax.Array  # int32: positions of the action tokens, filled up with 0
     logp_behavior_BT: jax.Array  # float32

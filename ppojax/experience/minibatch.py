@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from functools import partial
 from typing import TypeVar
 
 import jax
@@ -24,30 +23,41 @@ def map_rows(f: Callable[[jax.Array, int], jax.Array], tree: Rows) -> Rows:
     return jax.tree_util.tree_map_with_path(one, tree)
 
 
-def split_rows(tree: Rows, rows: int) -> Rows:
-    """Split into parts of `rows` rows, on a new leading axis; part i takes every n-th row, starting with row i.
+def split_rows(tree: Rows, rows: int, group: int = 1) -> Rows:
+    """Split into parts of `rows` rows, on a new leading axis, keeping each `group` of consecutive rows together.
 
-    Strided, so that with rows split over devices every device keeps the rows that it has.
+    Part i takes every n-th group, starting with group i. Strided, so that with rows split over devices every device
+    keeps the rows that it has.
     """
 
     def split(x: jax.Array, axis: int) -> jax.Array:
         parts = x.shape[axis] // rows
         assert parts * rows == x.shape[axis], f"{x.shape[axis]} rows do not split into parts of {rows}"
-        shaped = x.reshape(*x.shape[:axis], rows, parts, *x.shape[axis + 1 :])
-        return jnp.moveaxis(shaped, axis + 1, 0)
+        assert rows % group == 0, f"parts of {rows} rows would tear groups of {group}"
+        before, after = x.shape[:axis], x.shape[axis + 1 :]
+        shaped = jnp.moveaxis(x.reshape(*before, rows // group, parts, group, *after), axis + 1, 0)
+        return shaped.reshape(parts, *before, rows, *after)
 
     return map_rows(split, tree)
 
 
-@partial(jax.jit)
+def join_rows(x: jax.Array, group: int = 1) -> jax.Array:
+    """Undo `split_rows` for one array `[parts, rows, ...]`."""
+    parts, rows, *rest = x.shape
+    shaped = x.reshape(parts, rows // group, group, *rest)
+    return jnp.moveaxis(shaped, 0, 1).reshape(parts * rows, *rest)
+
+
+@jax.jit
 def take_rows(tree: Rows, index: jax.Array) -> Rows:
     """Select rows by index."""
     return map_rows(lambda x, axis: jnp.take(x, index, axis=axis), tree)
 
 
-def minibatches(batch: Batch, count: int, seed: tuple[int, ...]) -> Iterator[Batch]:
-    """Shuffle the rows and deal them out as `count` minibatches of equal size (their number must divide)."""
+def minibatches(batch: Batch, count: int, seed: tuple[int, ...], group: int = 1) -> Iterator[Batch]:
+    """Shuffle the rows in groups and deal them out as `count` minibatches of equal size (their number must divide)."""
     rows = batch.advantage_BT.shape[0]
-    order = np.random.default_rng(seed).permutation(rows)
-    for part in np.split(order, count):
+    order = np.random.default_rng(seed).permutation(rows // group)
+    index = (order[:, None] * group + np.arange(group)[None, :]).reshape(-1).astype(np.int32)
+    for part in np.split(index, count):
         yield take_rows(batch, part) if count > 1 else batch

@@ -8,21 +8,44 @@ import jax
 import numpy as np
 
 from ppojax.mesh import shard_rows
-from ppojax.types import Ending, Experience, Row
+from ppojax.types import Ending, Experience, Layout, Row
+
+PLAIN = Layout()
 
 
-def pack(rows: Sequence[Row], *, batch: int, bucket: int, actions: int, mesh: jax.sharding.Mesh) -> Experience:
+def layout_of(rows: Sequence[Row], *, group: int, bucket: int) -> Layout:
+    """Find out what a model call may share: the prompt, where each `group` consecutive rows start with the same one."""
+    whole = len(rows) % group == 0
+    prefix = [int(row.action.argmax()) for row in rows]
+    for first in range(0, len(rows) if whole else 0, group):
+        n = prefix[first]
+        members = range(first, first + group)
+        whole &= all(prefix[i] == n and np.array_equal(rows[i].token[:n], rows[first].token[:n]) for i in members)
+    if group == 1 or not whole:
+        return Layout()
+    return Layout(group, _round_up(max(prefix), bucket))
+
+
+def pack(
+    rows: Sequence[Row], *, batch: int, bucket: int, actions: int, mesh: jax.sharding.Mesh, layout: Layout = PLAIN
+) -> Experience:
     """Pad rows on the right to one length, add empty rows up to a batch, and split them over the mesh.
 
     Args:
         rows: at most `batch` of them.
         batch: rows of the result.
-        bucket: the length is a multiple of this, and at least one more than the longest row.
+        bucket: lengths (of the prefix, and of the rest) are multiples of this; the rest has room for one more token
+            than the longest row.
         actions: action positions kept of each row, at least those of the fullest one.
         mesh: where the arrays go.
+        layout: what the rows share.
     """
-    longest = max(len(row.token) for row in rows) + 1
-    T = -(-longest // bucket) * bucket
+    prefix = [int(row.action.argmax()) for row in rows]
+    if layout.group == 1:
+        T = _round_up(max(len(row.token) for row in rows) + 1, bucket)
+    else:
+        rest = max(len(row.token) - n for row, n in zip(rows, prefix, strict=True)) + 1
+        T = layout.prefix + _round_up(rest, bucket)
     shape = (batch, T)
     token_BT, action_BT = np.zeros(shape, np.int32), np.zeros(shape, bool)
     logp_BT, reward_BT = np.zeros(shape, np.float32), np.zeros(shape, np.float32)
@@ -37,12 +60,13 @@ def pack(rows: Sequence[Row], *, batch: int, bucket: int, actions: int, mesh: ja
         where = np.flatnonzero(row.action & counts)
         index_BA[b, : len(where)] = where
 
-    def ids(values: list[int], fill: int) -> np.ndarray:
-        return np.array(values + [fill] * (batch - len(rows)), np.int32)
+    def ids(values: Sequence[int], fill: int) -> np.ndarray:
+        return np.array([*values, *[fill] * (batch - len(rows))], np.int32)
 
     experience = Experience(
         token_BT=token_BT,
         length_B=ids([len(row.token) for row in rows], 0),
+        prefix_B=ids(prefix, 0),
         action_BT=action_BT,
         action_index_BA=index_BA,
         logp_behavior_BT=np.where(action_BT, logp_BT, np.float32(0)),
@@ -54,3 +78,7 @@ def pack(rows: Sequence[Row], *, batch: int, bucket: int, actions: int, mesh: ja
         segment_B=ids([row.segment for row in rows], 0),
     )
     return shard_rows(experience, mesh)
+
+
+def _round_up(n: int, multiple: int) -> int:
+    return -(-n // multiple) * multiple

@@ -8,9 +8,9 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from ppojax.experience.minibatch import split_rows
+from ppojax.experience.minibatch import join_rows, split_rows
 from ppojax.models.forward import ModelDef, Params, score_tokens, values
-from ppojax.types import Experience
+from ppojax.types import Experience, Layout
 
 
 class Scorers(NamedTuple):
@@ -21,13 +21,14 @@ class Scorers(NamedTuple):
     critic: Params | None = None
 
 
-@partial(jax.jit, static_argnames=("actor", "critic", "temperature", "microbatch_rows"))
+@partial(jax.jit, static_argnames=("actor", "critic", "layout", "temperature", "microbatch_rows"))
 def score(
     scorers: Scorers,
     experience: Experience,
     *,
     actor: ModelDef,
     critic: ModelDef | None,
+    layout: Layout,
     temperature: float,
     microbatch_rows: int,
 ) -> Experience:
@@ -38,17 +39,16 @@ def score(
     """
 
     def logp(params: Params | None, rows: Experience) -> jax.Array | None:
-        return None if params is None else score_tokens(actor, params, rows, temperature=temperature).logp
+        return None if params is None else score_tokens(actor, params, rows, layout, temperature=temperature).logp
 
     def one(rows: Experience) -> tuple[jax.Array | None, jax.Array | None, jax.Array | None]:
         value_BMT = None
         if scorers.critic is not None:
             assert critic is not None
-            value_BMT = jnp.swapaxes(values(critic, scorers.critic, rows.token_BT), 0, 1)
+            value_BMT = jnp.swapaxes(values(critic, scorers.critic, rows, layout), 0, 1)
         return logp(scorers.old, rows), logp(scorers.reference, rows), value_BMT
 
-    parts = jax.lax.map(one, split_rows(experience, microbatch_rows))
-    # Back from [parts, rows, ...] to the order of the batch: part i holds every row b with b % parts == i.
-    old_BT, ref_BT, value_BMT = jax.tree.map(lambda x: jnp.swapaxes(x, 0, 1).reshape(-1, *x.shape[2:]), parts)
+    parts = jax.lax.map(one, split_rows(experience, microbatch_rows, layout.group))
+    old_BT, ref_BT, value_BMT = jax.tree.map(lambda x: join_rows(x, layout.group), parts)
     value_MBT = None if value_BMT is None else jnp.swapaxes(value_BMT, 0, 1)
     return experience._replace(logp_old_BT=old_BT, logp_ref_BT=ref_BT, value_MBT=value_MBT)

@@ -1,1 +1,1 @@
-"""Models: the decoder, critics, weights in and out, tokenizers. Outside this folder a model is a `ModelDef` and a dict."""
+"""Models: decoder, critics, weights in and out, tokenizers. Outside, a model is a `ModelDef` and a dict."""

@@ -13,16 +13,15 @@ from ppojax.models.spec import DecoderSpec
 
 
 class Critic(nnx.Module):
-    """Values of the states after each token, from a decoder and a linear head that starts at zero."""
+    """A decoder and a linear head that starts at zero."""
 
     def __init__(self, spec: DecoderSpec, rngs: nnx.Rngs) -> None:
         self.trunk = Decoder(spec, rngs)
         self.value_head = nnx.Param(jnp.zeros((spec.width + 1,), jnp.float32), axes=(None,))
 
-    def __call__(self, token_BT: jax.Array, position_BT: jax.Array, *, remat: bool = False) -> jax.Array:
-        """Return `[M=1, B, T]` float32: the value after token t, head @ [hidden, 1]."""
-        hidden_BTD, _ = self.trunk(token_BT, position_BT, remat=remat)
-        head = self.value_head[...].astype(jnp.float32)
+    def value(self, hidden_BTD: jax.Array) -> jax.Array:
+        """Value of each state, head @ [hidden, 1]: `[M=1, B, T]` float32."""
+        head = self.value_head[...]
         return (hidden_BTD.astype(jnp.float32) @ head[:-1] + head[-1])[None]
 
 

@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from ppojax.models.linear import linear
 from ppojax.models.spec import DecoderSpec
 
 
@@ -101,14 +102,14 @@ class Layers(nnx.Module):
         """Apply one block (its slice of the parameters); return the new tokens' keys and values too."""
         spec, (B, T, _) = self.spec, x_BTD.shape
         h = rms_norm(x_BTD, self.attn_norm[...], spec.norm_eps)
-        q = (h @ self.q[...]).reshape(B, T, spec.heads, spec.head_width)
-        k = (h @ self.k[...]).reshape(B, T, spec.kv_heads, spec.head_width)
-        v = (h @ self.v[...]).reshape(B, T, spec.kv_heads, spec.head_width)
+        q = linear(h, self.q[...]).reshape(B, T, spec.heads, spec.head_width)
+        k = linear(h, self.k[...]).reshape(B, T, spec.kv_heads, spec.head_width)
+        v = linear(h, self.v[...]).reshape(B, T, spec.kv_heads, spec.head_width)
         q, k = (rotate(a, context.cos_BTF, context.sin_BTF) for a in (q, k))
         keys, values = ([k], [v]) if cache is None else ([cache.k, k], [cache.v, v])
-        x_BTD = x_BTD + attend(q, keys, values, context.mask_BTS) @ self.o[...]
+        x_BTD = x_BTD + linear(attend(q, keys, values, context.mask_BTS), self.o[...])
         h = rms_norm(x_BTD, self.mlp_norm[...], spec.norm_eps)
-        x_BTD = x_BTD + (jax.nn.silu(h @ self.gate[...]) * (h @ self.up[...])) @ self.down[...]
+        x_BTD = x_BTD + linear(jax.nn.silu(linear(h, self.gate[...])) * linear(h, self.up[...]), self.down[...])
         return x_BTD, KeyValue(k, v)
 
 
@@ -140,7 +141,8 @@ class Decoder(nnx.Module):
         if cache is not None:
             slot_S = jnp.arange(cache.k.shape[2], dtype=position_BT.dtype)
             seen_BS = slot_S[None, :] < position_BT[:, :1]
-            mask = jnp.concatenate([jnp.broadcast_to(seen_BS[:, None, :], (*token_BT.shape, slot_S.shape[0])), mask], -1)
+            seen_BTS = jnp.broadcast_to(seen_BS[:, None, :], (*token_BT.shape, slot_S.shape[0]))
+            mask = jnp.concatenate([seen_BTS, mask], axis=-1)
         context = Context(*rotary(position_BT, self.spec.head_width, self.spec.rope_theta), mask)
         graphdef, state = nnx.split(self.layers)
 

@@ -15,9 +15,10 @@ from ppojax.mesh import sharding
 from ppojax.models.critic import Critic
 from ppojax.models.decoder import Decoder, KeyValue
 from ppojax.models.spec import DecoderSpec
-from ppojax.types import Experience, TokenStats
+from ppojax.types import Experience, Layout, TokenStats
 
 Params = dict[str, Any]
+PLAIN = Layout()
 
 
 @dataclass(frozen=True)
@@ -62,9 +63,7 @@ def param_shardings(model: ModelDef, mesh: jax.sharding.Mesh) -> Params:
     """The sharding of each parameter on a mesh, from the logical axes that it declares."""
     state = _structure(model.spec, model.critic)[1]
     axes = jax.tree.map(lambda v: v.get_metadata("axes"), state, is_leaf=lambda v: isinstance(v, nnx.Variable))
-    return jax.tree.map(
-        lambda a: sharding(mesh, a), nnx.to_pure_dict(axes), is_leaf=lambda a: isinstance(a, tuple)
-    )
+    return jax.tree.map(lambda a: sharding(mesh, a), nnx.to_pure_dict(axes), is_leaf=lambda a: isinstance(a, tuple))
 
 
 def head_VD(params: Params) -> jax.Array:
@@ -76,7 +75,9 @@ def hidden_states(
     model: ModelDef, params: Params, token_BT: jax.Array, position_BT: jax.Array, cache: KeyValue | None = None
 ) -> tuple[jax.Array, KeyValue]:
     """Final hidden states of `token_BT` and the tokens' keys and values (see `Decoder.__call__`)."""
-    return _bind(model, params)(token_BT, position_BT, cache, remat=model.remat)
+    bound = _bind(model, params)
+    decoder = bound.trunk if model.critic else bound
+    return decoder(token_BT, position_BT, cache, remat=model.remat)
 
 
 def positions(token_BT: jax.Array) -> jax.Array:
@@ -84,23 +85,54 @@ def positions(token_BT: jax.Array) -> jax.Array:
     return jnp.broadcast_to(jnp.arange(token_BT.shape[1], dtype=jnp.int32), token_BT.shape)
 
 
+def read_rows(model: ModelDef, params: Params, experience: Experience, layout: Layout) -> tuple[jax.Array, jax.Array]:
+    """Hidden state of the token before each position, from the first action on.
+
+    Where rows share a prefix it is read once and its keys and values stand in for it in every row of the group:
+    with 8 rollouts of a 60-token prompt and 40 tokens each, 380 positions instead of 800. The numbers are the same.
+
+    Returns:
+        `before_BRD`, where `before[:, i]` is the state in which the token at `offset_B + i` was chosen, and `offset_B`.
+    """
+    token_BT = experience.token_BT
+    if layout.group == 1:
+        hidden_BTD = hidden_states(model, params, token_BT, positions(token_BT))[0]
+        return jnp.pad(hidden_BTD[:, :-1], ((0, 0), (1, 0), (0, 0))), jnp.zeros_like(experience.prefix_B)
+    prompt_PT, prefix_B = token_BT[:: layout.group, : layout.prefix], experience.prefix_B
+    hidden_PTD, key_value = hidden_states(model, params, prompt_PT, positions(prompt_PT))
+    last_P = jnp.maximum(prefix_B[:: layout.group] - 1, 0)
+    last_PD = jnp.take_along_axis(hidden_PTD, last_P[:, None, None], axis=1)
+    cache = jax.tree.map(lambda x: jnp.repeat(x, layout.group, axis=1), key_value)
+    position_BR = prefix_B[:, None] + jnp.arange(token_BT.shape[1] - layout.prefix, dtype=jnp.int32)[None, :]
+    response_BR = jnp.take_along_axis(token_BT, position_BR, axis=1)
+    hidden_BRD, _ = hidden_states(model, params, response_BR, position_BR, cache)
+    return jnp.concatenate([jnp.repeat(last_PD, layout.group, axis=0), hidden_BRD[:, :-1]], axis=1), prefix_B
+
+
 def score_tokens(
-    model: ModelDef, params: Params, experience: Experience, *, temperature: float, entropy: bool = False
+    model: ModelDef,
+    params: Params,
+    experience: Experience,
+    layout: Layout = PLAIN,
+    *,
+    temperature: float,
+    entropy: bool = False,
 ) -> TokenStats:
     """Score the actions of each row under the policy, aligned with their tokens; 0 elsewhere.
 
     `logp_BT[:, t] = log softmax(head @ hidden[:, t-1] / temperature)[token[:, t]]`. Only action positions meet the
     head, and the vocabulary is never held for all of them at once.
     """
-    hidden_BTD, _ = hidden_states(model, params, experience.token_BT, positions(experience.token_BT))
+    before_BRD, offset_B = read_rows(model, params, experience, layout)
     index_BA = experience.action_index_BA
     B, A = index_BA.shape
-    # The one place of the shift: token t is scored by the hidden state of token t - 1. Filler indices are 0.
-    before_BAD = jnp.take_along_axis(hidden_BTD, jnp.maximum(index_BA - 1, 0)[:, :, None], axis=1)
+    # Filler indices are 0; they read some state and are dropped below.
+    place_BA = jnp.maximum(index_BA - offset_B[:, None], 0)
+    chosen_BAD = jnp.take_along_axis(before_BRD, place_BA[:, :, None], axis=1)
     target_BA = jnp.take_along_axis(experience.token_BT, index_BA, axis=1)
     head = head_VD(params).astype(model.dtype)
     stats = token_stats(
-        before_BAD.reshape(B * A, -1), head, target_BA.reshape(B * A), temperature=temperature, entropy=entropy
+        chosen_BAD.reshape(B * A, -1), head, target_BA.reshape(B * A), temperature=temperature, entropy=entropy
     )
 
     def align(x_N: jax.Array | None) -> jax.Array | None:
@@ -112,10 +144,15 @@ def score_tokens(
     return TokenStats(align(stats.logp), align(stats.entropy))
 
 
-def values(model: ModelDef, params: Params, token_BT: jax.Array) -> jax.Array:
-    """Value of the state in which each token was chosen, `[M, B, T]` float32 (0 at t = 0: there is no state before).
+def values(model: ModelDef, params: Params, experience: Experience, layout: Layout = PLAIN) -> jax.Array:
+    """Value of the state in which each token was chosen, `[M, B, T]` float32.
 
-    `value[:, :, t]` reads the hidden state of token t - 1, so it does not see token t.
+    `value[:, :, t]` reads the hidden state of token t - 1, so it does not see token t. Positions inside a shared
+    prefix, which no estimator reads, get 0.
     """
-    after_MBT = _bind(model, params)(token_BT, positions(token_BT), remat=model.remat)
-    return jnp.pad(after_MBT[:, :, :-1], ((0, 0), (0, 0), (1, 0)))
+    before_BRD, offset_B = read_rows(model, params, experience, layout)
+    value_MBR = _bind(model, params).value(before_BRD)
+    place_BT = positions(experience.token_BT) - offset_B[:, None]
+    inside_BT = (place_BT >= 0) & (place_BT < before_BRD.shape[1])
+    aligned_MBT = jnp.take_along_axis(value_MBR, jnp.clip(place_BT, 0, before_BRD.shape[1] - 1)[None], axis=2)
+    return jnp.where(inside_BT[None], aligned_MBT, 0.0)

@@ -120,9 +120,7 @@ class Collector:
         turns = 0
         while (active_B := np.array([e.ending is None for e in episodes])).any():
             turn_key = jax.random.fold_in(key, turns)
-            slots, turn = decode(
-                params, slots, active_B, episode_B, turn_key, self.stop_SV, sampler=self.sampler
-            )
+            slots, turn = decode(params, slots, active_B, episode_B, turn_key, self.stop_SV, sampler=self.sampler)
             observations = self._step(episodes, jax.device_get(turn))
             turns += 1
             if any(observations):
@@ -141,8 +139,8 @@ class Collector:
                 ids = self.tokenizer.render(reset.messages, reset.tools)
                 if len(ids) >= self.sampler.slots:
                     raise DataError(
-                        f"task {task.id}: its prompt has {len(ids)} tokens, rollout.max_tokens is {self.sampler.slots}: "
-                        f"raise rollout.max_tokens or shorten the task"
+                        f"task {task.id}: its prompt has {len(ids)} tokens, rollout.max_tokens leaves room for "
+                        f"{self.sampler.slots - 1}: raise rollout.max_tokens or shorten the task"
                     )
                 number = group * self.group_size + member
                 episodes.append(Episode(env, group, number, list(reset.messages), ids))

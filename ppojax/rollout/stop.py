@@ -25,7 +25,8 @@ def stop_table(token_bytes: Sequence[bytes], stop: Sequence[str], stop_ids: Sequ
     stopped = by_byte.shape[0] - 1
     longest = max(map(len, token_bytes), default=0)
     length_V = np.array([len(b) for b in token_bytes])
-    byte_VN = np.array([list(b.ljust(longest, b"\0")) for b in token_bytes], np.int32).reshape(len(token_bytes), longest)
+    padded = b"".join(b.ljust(longest, b"\0") for b in token_bytes)
+    byte_VN = np.frombuffer(padded, np.uint8).reshape(len(token_bytes), longest)
     table = np.repeat(np.arange(stopped + 1, dtype=np.int32)[:, None], len(token_bytes), axis=1)
     for n in range(longest):
         table = np.where(n < length_V[None, :], by_byte[table, byte_VN[None, :, n]], table)

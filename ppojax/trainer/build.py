@@ -72,7 +72,9 @@ def build(config: Config) -> tuple[Parts, States]:
         config.env.tasks("eval", config.seed)[: config.eval.prompts],
     )
     if len(parts.train_tasks) < config.rollout.prompts:
-        raise DataError(f"env: {len(parts.train_tasks)} training tasks, rollout.prompts asks for {config.rollout.prompts}")
+        raise DataError(
+            f"env: {len(parts.train_tasks)} training tasks, rollout.prompts asks for {config.rollout.prompts}"
+        )
     return parts, states
 
 

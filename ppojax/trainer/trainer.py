@@ -15,14 +15,14 @@ from ppojax.config import Config
 from ppojax.errors import DivergedError
 from ppojax.experience.batch import make_batch
 from ppojax.experience.minibatch import minibatches
-from ppojax.experience.pack import pack
+from ppojax.experience.pack import layout_of, pack
 from ppojax.experience.score import Scorers, score
 from ppojax.experience.summary import advantage_metrics, rollout_metrics
 from ppojax.rollout.tasks import task_stream
 from ppojax.runtime.compiling import compile_metrics
 from ppojax.trainer.build import SAMPLE, States, build
 from ppojax.trainer.warm_start import warm_start
-from ppojax.types import Batch, Rollout
+from ppojax.types import Batch, Layout, Rollout
 from ppojax.update.actor import actor_step
 from ppojax.update.critic import critic_step
 from ppojax.update.state import skipped_in_a_row
@@ -83,12 +83,12 @@ class Trainer:
 
         with self._timed("gen"):
             rollout = parts.collector(states.actor.params, next(self.stream), key)
+        bucket = config.rollout.bucket
+        group = config.rollout.group_size if config.update.shared_prefix else 1
+        layout = layout_of(rollout.rows, group=group, bucket=bucket)
+        actions = config.env.max_turns * config.rollout.max_turn_tokens
         experience = pack(
-            rollout.rows,
-            batch=config.rollout.rows,
-            bucket=config.rollout.bucket,
-            actions=config.env.max_turns * config.rollout.max_turn_tokens,
-            mesh=parts.mesh,
+            rollout.rows, batch=config.rollout.rows, bucket=bucket, actions=actions, mesh=parts.mesh, layout=layout
         )
         with self._timed("values"):
             experience = jax.block_until_ready(
@@ -97,6 +97,7 @@ class Trainer:
                     experience,
                     actor=parts.actor,
                     critic=parts.critic,
+                    layout=layout,
                     temperature=config.rollout.temperature,
                     microbatch_rows=config.update.microbatch_rows,
                 )
@@ -105,10 +106,10 @@ class Trainer:
         metrics = rollout_metrics(rollout.rows) | rollout.metrics | advantage_metrics(batch, config.advantage.gamma)
         if states.critic is not None:
             with self._timed("update_critic"):
-                metrics |= self._update_critic(batch)
+                metrics |= self._update_critic(batch, layout)
         if states.critic is None or self.number >= config.critic.warmup_steps:
             with self._timed("update_actor"):
-                metrics |= self._update_actor(batch)
+                metrics |= self._update_actor(batch, layout)
         self.number += 1
         metrics |= self._performance(rollout, time.perf_counter() - start) | compile_metrics()
         return StepOut(self.number, metrics, rollout, batch)
@@ -137,16 +138,19 @@ class Trainer:
             critic=None if critic is None else critic.params,
         )
 
-    def _update_critic(self, batch: Batch) -> dict[str, float]:
+    def _update_critic(self, batch: Batch, layout: Layout) -> dict[str, float]:
         assert self.states.critic is not None and self.parts.critic is not None
         config, parts, done = self.config, self.parts, []
         for epoch in range(config.update.epochs * config.critic.updates):
-            for minibatch in minibatches(batch, config.update.minibatches, (config.seed, self.number, epoch, 1)):
+            for minibatch in minibatches(
+                batch, config.update.minibatches, (config.seed, self.number, epoch, 1), layout.group
+            ):
                 self.states.critic, metrics = critic_step(
                     self.states.critic,
                     minibatch,
                     model=parts.critic,
                     config=config.critic,
+                    layout=layout,
                     microbatch_rows=config.update.microbatch_rows,
                     mesh=parts.mesh,
                 )
@@ -154,10 +158,12 @@ class Trainer:
         self._check_finite("critic", skipped_in_a_row(self.states.critic))
         return _average(done)
 
-    def _update_actor(self, batch: Batch) -> dict[str, float]:
+    def _update_actor(self, batch: Batch, layout: Layout) -> dict[str, float]:
         config, parts, done = self.config, self.parts, []
         for epoch in range(config.update.epochs):
-            for minibatch in minibatches(batch, config.update.minibatches, (config.seed, self.number, epoch, 0)):
+            for minibatch in minibatches(
+                batch, config.update.minibatches, (config.seed, self.number, epoch, 0), layout.group
+            ):
                 self.states.actor, metrics = actor_step(
                     self.states.actor,
                     minibatch,
@@ -165,6 +171,7 @@ class Trainer:
                     loss=config.loss,
                     optimizer=config.actor.optimizer,
                     temperature=config.rollout.temperature,
+                    layout=layout,
                     microbatch_rows=config.update.microbatch_rows,
                     mesh=parts.mesh,
                 )

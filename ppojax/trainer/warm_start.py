@@ -11,7 +11,7 @@ from ppojax.losses import NLL
 from ppojax.rollout.demonstrate import demonstrate
 from ppojax.rollout.tasks import task_stream
 from ppojax.trainer.build import Parts
-from ppojax.types import Batch, TrainState
+from ppojax.types import Batch, Layout, TrainState
 from ppojax.update.actor import actor_step
 from ppojax.update.settings import WarmStartConfig
 from ppojax.update.state import init_state
@@ -41,6 +41,7 @@ def warm_start(
             loss=NLL(),
             optimizer=settings.optimizer,
             temperature=1.0,
+            layout=Layout(),
             microbatch_rows=settings.rows,
             mesh=parts.mesh,
         )

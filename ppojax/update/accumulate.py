@@ -14,12 +14,12 @@ from ppojax.types import Batch, LossOut, Metrics
 
 
 def gradients(
-    loss: Callable[[Params, Batch], LossOut], params: Params, batch: Batch, microbatch_rows: int
+    loss: Callable[[Params, Batch], LossOut], params: Params, batch: Batch, microbatch_rows: int, group: int = 1
 ) -> tuple[Params, jax.Array, Metrics]:
     """Differentiate sum / weight over the whole minibatch.
 
     Sums and weights of the parts are added up before the one division, so neither the loss nor its gradient depends
-    on how the rows are cut into microbatches. Gradients accumulate in float32.
+    on how the rows are cut into microbatches (`group` consecutive rows stay together). Gradients accumulate in float32.
 
     Returns:
         Gradients, the loss, and the metrics of the whole minibatch.
@@ -36,6 +36,6 @@ def gradients(
         return (grads, total + sum_, weight + weight_), metrics
 
     zeros = (jax.tree.map(jnp.zeros_like, params), jnp.float32(0), jnp.float32(0))
-    (grads, total, weight), metrics = jax.lax.scan(step, zeros, split_rows(batch, microbatch_rows))
+    (grads, total, weight), metrics = jax.lax.scan(step, zeros, split_rows(batch, microbatch_rows, group))
     scale = jnp.where(weight > 0, 1.0 / jnp.maximum(weight, 1e-9), 0.0)
     return jax.tree.map(lambda g: g * scale, grads), total * scale, reduce_parts(metrics)

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from ppojax.losses import Loss
 from ppojax.masking import finish, masked_max, masked_mean
 from ppojax.models.forward import ModelDef, Params, score_tokens
-from ppojax.types import Batch, LossOut, Mean, Metrics, TokenStats, TrainState
+from ppojax.types import Batch, Layout, LossOut, Mean, Metrics, TokenStats, TrainState
 from ppojax.update.accumulate import gradients
 from ppojax.update.settings import OptimizerConfig
 from ppojax.update.state import apply_gradients, state_shardings
@@ -29,7 +29,7 @@ def mismatch(stats: TokenStats, batch: Batch) -> Metrics:
 
 @partial(
     jax.jit,
-    static_argnames=("model", "loss", "optimizer", "temperature", "microbatch_rows", "mesh"),
+    static_argnames=("model", "loss", "optimizer", "temperature", "layout", "microbatch_rows", "mesh"),
     donate_argnames=("state",),
 )
 def actor_step(
@@ -40,17 +40,18 @@ def actor_step(
     loss: Loss,
     optimizer: OptimizerConfig,
     temperature: float,
+    layout: Layout,
     microbatch_rows: int,
     mesh: jax.sharding.Mesh,
 ) -> tuple[TrainState, dict[str, jax.Array]]:
     """Take one optimizer step on a minibatch: one gradient of `loss`, clipped, applied to the float32 masters."""
 
     def objective(params: Params, rows: Batch) -> LossOut:
-        stats = score_tokens(model, params, rows.experience, temperature=temperature, entropy=loss.entropy)
+        stats = score_tokens(model, params, rows.experience, layout, temperature=temperature, entropy=loss.entropy)
         out = loss(stats, rows)
         return out._replace(metrics={**out.metrics, **mismatch(stats, rows)})
 
-    grads, value, metrics = gradients(objective, state.params, batch, microbatch_rows)
+    grads, value, metrics = gradients(objective, state.params, batch, microbatch_rows, layout.group)
     transform = optimizer.build()
     rate = jnp.asarray(optimizer.learning_rate_at(state.step), jnp.float32)
     state, applied = apply_gradients(state, grads, transform, state_shardings(model, transform, mesh))

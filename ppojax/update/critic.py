@@ -9,30 +9,29 @@ import jax.numpy as jnp
 
 from ppojax.masking import finish
 from ppojax.models.forward import ModelDef, Params, values
-from ppojax.types import Batch, LossOut, Mean, TrainState
+from ppojax.types import Batch, Layout, LossOut, Mean, TrainState
 from ppojax.update.accumulate import gradients
 from ppojax.update.settings import CriticConfig
 from ppojax.update.state import apply_gradients, state_shardings
 
 
-@partial(
-    jax.jit, static_argnames=("model", "config", "microbatch_rows", "mesh"), donate_argnames=("state",)
-)
+@partial(jax.jit, static_argnames=("model", "config", "layout", "microbatch_rows", "mesh"), donate_argnames=("state",))
 def critic_step(
     state: TrainState,
     batch: Batch,
     *,
     model: ModelDef,
     config: CriticConfig,
+    layout: Layout,
     microbatch_rows: int,
     mesh: jax.sharding.Mesh,
 ) -> tuple[TrainState, dict[str, jax.Array]]:
     """Take one optimizer step of the value regression on a minibatch."""
 
     def objective(params: Params, rows: Batch) -> LossOut:
-        return config.loss(values(model, params, rows.experience.token_BT), rows)
+        return config.loss(values(model, params, rows.experience, layout), rows)
 
-    grads, value, metrics = gradients(objective, state.params, batch, microbatch_rows)
+    grads, value, metrics = gradients(objective, state.params, batch, microbatch_rows, layout.group)
     transform = config.build_optimizer()
     rate = jnp.asarray(config.optimizer.learning_rate_at(state.step), jnp.float32)
     state, applied = apply_gradients(state, grads, transform, state_shardings(model, transform, mesh))

@@ -82,6 +82,9 @@ class UpdateConfig(Component):
     epochs: int = Field(1, ge=1, description="passes over the step's rows")
     minibatches: int = Field(1, ge=1, description="optimizer steps a pass")
     microbatch_rows: int = Field(8, ge=1, description="rows of one forward and backward pass")
+    shared_prefix: bool = Field(
+        True, description="read the prompt that a group's rows share once; minibatches then keep groups together"
+    )
     max_skipped: int = Field(5, ge=1, description="non-finite updates in a row after which the run stops (exit 4)")
 
 

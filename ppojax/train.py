@@ -1,0 +1,33 @@
+"""Train a policy: `python -m ppojax.train config=configs/quickstart.yaml [key=value ...]`."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+from rich.console import Console
+
+from ppojax.cli import Flags, run_command
+from ppojax.config import Config
+from ppojax.errors import ExitCode
+from ppojax.runtime.rundir import RunDir
+
+
+def main(config: Config, flags: Flags) -> int:
+    """Check what can be checked cheaply, then run the session."""
+    run = RunDir(Path(config.run.dir) / config.run.name)
+    run.check(resume=config.resume is not False)
+    console = Console()
+    if flags.dry_run:
+        config.mesh.build()
+        console.print(f"ok: {config.steps} steps of {config.rollout.rows} episodes would go to {run.path}")
+        return ExitCode.DONE
+    # Only now: jax takes seconds to start, and a mistyped key should not wait for it.
+    from ppojax.trainer.session import train
+
+    train(config, run, console)
+    return ExitCode.DONE
+
+
+if __name__ == "__main__":
+    sys.exit(run_command(main, sys.argv[1:]))

@@ -1,0 +1,77 @@
+"""Success on held-out tasks: greedy, and by sampling."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+
+import jax
+import numpy as np
+
+from ppojax.envs import Task
+from ppojax.models.forward import Params
+from ppojax.rollout.collect import Collector
+from ppojax.trainer.build import greedy
+from ppojax.types import Row
+
+
+def wilson(successes: int, trials: int, z: float = 1.959964) -> tuple[float, float]:
+    """The Wilson score interval of a proportion, 95% by default (Wilson 1927; stays inside [0, 1])."""
+    if trials == 0:
+        return 0.0, 1.0
+    p, n = successes / trials, trials
+    centre = (p + z * z / (2 * n)) / (1 + z * z / n)
+    half = z / (1 + z * z / n) * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
+    return max(centre - half, 0.0), min(centre + half, 1.0)
+
+
+def pass_at_k(correct: Sequence[int], samples: int, k: int) -> float:
+    """Mean over tasks of 1 - C(n - c, k) / C(n, k), the unbiased estimate (Chen et al. 2021, arXiv 2107.03374, eq. 1).
+
+    Args:
+        correct: successes c of each task among n = `samples`.
+        samples: n, at least k.
+        k: attempts of which one must succeed.
+    """
+    assert 1 <= k <= samples
+    missed = [math.comb(samples - c, k) / math.comb(samples, k) for c in correct]
+    return 1.0 - sum(missed) / len(missed)
+
+
+def _play(collector: Collector, params: Params, tasks: Sequence[Task], prompts: int, key: jax.Array) -> Iterator[Row]:
+    """Play every task, `prompts` at a time; the last batch is filled up with tasks whose rows are dropped."""
+    for start in range(0, len(tasks), prompts):
+        part = list(tasks[start : start + prompts])
+        filled = part + [part[0]] * (prompts - len(part))
+        rows = collector(params, filled, jax.random.fold_in(key, start)).rows
+        yield from rows[: len(part) * collector.group_size]
+
+
+def evaluate_greedy(
+    collector: Collector, params: Params, tasks: Sequence[Task], rows: int, key: jax.Array
+) -> tuple[dict[str, float], list[Row]]:
+    """Success of the most likely answer, with its interval, and the mean reward; `rows` tasks at a time."""
+    played = list(_play(greedy(collector), params, tasks, rows, key))
+    successes = sum(bool(row.info.get("success", False)) for row in played)
+    low, high = wilson(successes, len(played))
+    metrics = {
+        "val/success": successes / len(played),
+        "val/success_low": low,
+        "val/success_high": high,
+        "val/reward/mean": float(np.mean([row.reward.sum() for row in played])),
+        "val/tasks": float(len(played)),
+    }
+    return metrics, played
+
+
+def evaluate_samples(
+    collector: Collector, params: Params, tasks: Sequence[Task], rows: int, key: jax.Array, samples: int
+) -> dict[str, float]:
+    """pass@k for k = 1, 2, 4, ... up to `samples` draws a task, at the sampling temperature."""
+    many = replace(collector, group_size=samples)
+    played = list(_play(many, params, tasks, max(rows // samples, 1), key))
+    success = np.array([bool(row.info.get("success", False)) for row in played]).reshape(-1, samples)
+    correct = [int(c) for c in success.sum(1)]
+    powers = [2**i for i in range(samples.bit_length()) if 2**i <= samples]
+    return {f"val/pass@{k}": pass_at_k(correct, samples, k) for k in powers}

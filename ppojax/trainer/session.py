@@ -1,0 +1,147 @@
+"""A training run from its first step to its exit code: log, transcripts, evaluation, checkpoints, signals."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+
+import jax
+from rich.console import Console
+
+from ppojax.config import Config
+from ppojax.errors import ExitCode, PpojaxError, Preempted
+from ppojax.runtime.checkpoint import Checkpoints
+from ppojax.runtime.metrics import MetricsLog, read_metrics
+from ppojax.runtime.progress import Progress, summary_table
+from ppojax.runtime.rundir import RunDir
+from ppojax.runtime.signals import StopSignals
+from ppojax.runtime.transcripts import read_transcripts, render_transcript, write_transcripts
+from ppojax.trainer.build import EVALUATE
+from ppojax.trainer.evaluation import evaluate_greedy
+from ppojax.trainer.trainer import StepOut, Trainer
+
+SHOWN = 3  # transcripts printed at the end
+
+
+def train(config: Config, run: RunDir, console: Console) -> None:
+    """Train to `config.steps`, or until a signal or a fault; leave everything in the run directory.
+
+    Raises:
+        PpojaxError: with the exit code; `exit.json` says the same.
+    """
+    start = time.monotonic()
+    with _exit_record(run) as ending:
+        trainer = Trainer(config)
+        run.create(resume=config.resume is not False)
+        run.write_config(config.to_yaml())
+        with ExitStack() as stack:
+            checkpoints = stack.enter_context(Checkpoints(run.checkpoints, config.checkpoint))
+            ending.update(checkpoints=checkpoints, trainer=trainer)
+            _resume_or_warm_start(trainer, checkpoints, console)
+            board = run.tensorboard if config.run.tensorboard else None
+            log = stack.enter_context(MetricsLog(run.metrics, board, resume_step=trainer.number or -1))
+            signals = stack.enter_context(StopSignals())
+            progress = stack.enter_context(Progress(config.steps, console, start=trainer.number))
+            _loop(trainer, run, checkpoints, log, signals, progress)
+    _report(run, console, time.monotonic() - start)
+
+
+def _resume_or_warm_start(trainer: Trainer, checkpoints: Checkpoints, console: Console) -> None:
+    resume = trainer.config.resume
+    if resume and checkpoints.latest() is not None:
+        state, position = checkpoints.restore(None, trainer.state(), strict=resume == "strict")
+        trainer.restore(state, position)
+        console.print(f"resumed after step {trainer.number}")
+        return
+    losses = trainer.warm_start()
+    if losses:
+        console.print(f"warm start: {len(losses)} supervised steps, loss {losses[0]:.3f} -> {losses[-1]:.3f}")
+
+
+def _loop(
+    trainer: Trainer,
+    run: RunDir,
+    checkpoints: Checkpoints,
+    log: MetricsLog,
+    signals: StopSignals,
+    progress: Progress,
+) -> None:
+    config = trainer.config
+    if config.eval.every and trainer.number == 0:
+        log.log(0, _evaluate(trainer, progress))
+    while trainer.number < config.steps:
+        progress.phase(f"step {trainer.number + 1}")
+        out = trainer.step()
+        done = out.step == config.steps
+        if config.eval.every and (done or out.step % config.eval.every == 0):
+            out.metrics.update(_evaluate(trainer, progress))
+        log.log(out.step, out.metrics)
+        _write_transcripts(trainer, run, out)
+        progress.step(out.step, out.metrics)
+        stop = signals.should_stop()
+        if done or stop or config.checkpoint.due(out.step):
+            checkpoints.save(out.step, trainer.state(), trainer.position(), block=done or stop)
+        if stop and not done:
+            raise Preempted(f"stopped by {signals.received()} after step {out.step}, saved: resume=true goes on")
+
+
+def _evaluate(trainer: Trainer, progress: Progress) -> dict[str, float]:
+    progress.phase("evaluating")
+    config, parts = trainer.config, trainer.parts
+    key = jax.random.fold_in(jax.random.key(config.seed), EVALUATE)
+    params = trainer.states.actor.params
+    metrics, _ = evaluate_greedy(parts.collector, params, parts.eval_tasks, config.rollout.rows, key)
+    progress.note(
+        f"greedy success on {len(parts.eval_tasks)} held-out tasks: {metrics['val/success']:.3f} "
+        f"[{metrics['val/success_low']:.3f}, {metrics['val/success_high']:.3f}]"
+    )
+    return metrics
+
+
+def _write_transcripts(trainer: Trainer, run: RunDir, out: StepOut) -> None:
+    batch = jax.device_get(out.batch)
+    write_transcripts(
+        run.transcript(out.step),
+        out.rollout.rows,
+        trainer.parts.tokenizer.decode,
+        advantage_BT=batch.advantage_BT,
+        value_MBT=batch.experience.value_MBT,
+    )
+
+
+@contextmanager
+def _exit_record(run: RunDir) -> Iterator[dict]:
+    """Write `exit.json` whatever happens, once there is a run directory."""
+    ending: dict = {}
+    code, reason, hint = ExitCode.DONE, "done", f"python -m ppojax.evaluate run={run.path}"
+    try:
+        yield ending
+    except PpojaxError as error:
+        code, reason, hint = error.exit_code, str(error), "resume=true goes on from the last checkpoint"
+        raise
+    except BaseException as error:
+        code, reason, hint = ExitCode.BUG, repr(error), "a bug in ppojax or in the environment: see the trace"
+        raise
+    finally:
+        if ending:
+            run.write_exit(code, reason, ending["trainer"].number, ending["checkpoints"].latest(), hint)
+
+
+def _report(run: RunDir, console: Console, seconds: float) -> None:
+    """Print first against last step, a few transcripts, and where everything is."""
+    rows = [row for row in read_metrics(run.metrics) if "reward/mean" in row]
+    evaluated = [row for row in read_metrics(run.metrics) if "val/success" in row]
+    if not rows:
+        return
+    names = ("reward/mean", "reward/success", "critic/vf_explained_var", "actor/entropy", "sampling/logp_diff_max")
+    extra = {"wall-clock": f"{seconds:.0f} s", "steps": len(rows)}
+    if evaluated:
+        extra["greedy success, held out"] = f"{evaluated[0]['val/success']:.3f} -> {evaluated[-1]['val/success']:.3f}"
+    console.print(summary_table(rows[0], rows[-1], extra, names))
+    last = run.transcript(int(rows[-1]["step"] or 0))
+    for row in read_transcripts(last)[:SHOWN]:
+        console.print(render_transcript(row))
+    console.print(f"\nmetrics      {run.metrics}\ntranscripts  {run.rollouts}\ncheckpoints  {run.checkpoints}")
+    console.print(f"tensorboard  tensorboard --logdir {run.tensorboard}")
+    console.print(f"evaluate     python -m ppojax.evaluate run={run.path}")
