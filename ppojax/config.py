@@ -27,7 +27,7 @@ FOREIGN_KEYS = {
     "actor_rollout_ref.actor.entropy_coeff": "loss.entropy_coefficient",
     "actor_rollout_ref.actor.grad_clip": "actor.optimizer.max_grad_norm",
     "actor_rollout_ref.actor.kl_loss_coef": "loss.kl.coefficient",
-    "actor_rollout_ref.actor.loss_agg_mode": "loss.aggregation",
+    "actor_rollout_ref.actor.loss_agg_mode": "loss.aggregation.mode",
     "actor_rollout_ref.actor.optim.lr": "actor.optimizer.learning_rate",
     "actor_rollout_ref.actor.optim.lr_warmup_steps": "actor.optimizer.warmup_steps",
     "actor_rollout_ref.actor.optim.weight_decay": "actor.optimizer.weight_decay",

@@ -11,7 +11,7 @@ from ppojax.config import FOREIGN_KEYS, Config
 from ppojax.errors import ConfigError
 from ppojax.losses import DPPO
 from ppojax.settings import help_text
-from ppojax.settings.schema import keys
+from ppojax.settings.schema import keys, sections
 
 CONFIGS = sorted((Path(__file__).parent.parent / "configs").glob("*.yaml"))
 BASE = ("env.type=calc", "model.path=smollm2")
@@ -70,6 +70,7 @@ def test_a_mistyped_key_names_the_nearest() -> None:
 def test_keys_of_other_libraries_are_understood(key: str) -> None:
     known = dict(keys(Config))
     assert FOREIGN_KEYS[key] in known and key not in known
+    assert not sections(known[FOREIGN_KEYS[key]])
     assert faults(*BASE, f"{key}=1") == [f"unknown key {key} (command line); did you mean {FOREIGN_KEYS[key]}?"]
 
 

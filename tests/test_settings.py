@@ -379,7 +379,7 @@ def test_help_of_a_union_lists_its_variants() -> None:
 def test_help_of_a_section_shows_the_defaults_that_hold_there() -> None:
     assert "critic.learning_rate: float > 0 (default 1.0e-05)" in help_text(Root, "critic")
     assert "critic.learning_rate: float > 0 (default 1.0e-05)" in help_text(Root, "critic.learning_rate")
-    assert "source.path: str (default none: must be given)" in help_text(Root, "source")
+    assert "source.path: str (required)" in help_text(Root, "source")
 
 
 def test_help_of_no_section() -> None:

@@ -43,7 +43,7 @@ def _overview(cls: Model) -> Iterator[str]:
         if classes := sections(field):
             tags = by_tag(classes)
             default = default_of(field)
-            chosen = f" (default {_shown(default, field)})" if tags or default is None else ""
+            chosen = f" ({_default(default, field)})" if tags or default is None else ""
             yield f"  {name}{': ' if tags else ''}{' | '.join(tags)}{chosen}"
             yield from _prose(field.description or _first_line(classes[0]))
 
@@ -55,7 +55,7 @@ def _entry(path: str, field: FieldInfo, default: Any) -> Iterator[str]:
         yield from _leaf(path, field, default)
         return
     tags = by_tag(classes)
-    yield f"  {path}: {describe(field)} (default {_shown(default, field)})"
+    yield f"  {path}: {describe(field)} ({_default(default, field)})"
     yield from _prose(field.description or _first_line(classes[0]))
     for variant in classes:
         if len(tags) > 1:
@@ -68,7 +68,7 @@ def _entry(path: str, field: FieldInfo, default: Any) -> Iterator[str]:
 
 
 def _leaf(path: str, field: FieldInfo, default: Any) -> Iterator[str]:
-    yield f"  {path}: {describe(field)} (default {_shown(default, field)})"
+    yield f"  {path}: {describe(field)} ({_default(default, field)})"
     yield from _prose(field.description or "")
 
 
@@ -76,12 +76,12 @@ def _prose(text: str) -> Iterator[str]:
     yield from wrap(" ".join(text.split()), _WIDTH, initial_indent=" " * 6, subsequent_indent=" " * 6)
 
 
-def _shown(default: Any, field: FieldInfo) -> str:
+def _default(default: Any, field: FieldInfo) -> str:
     if default is None and field.is_required():
-        return "none: must be given"
+        return "required"
     if isinstance(default, BaseModel):
-        return tag_of(type(default)) or "as below"
-    return default if isinstance(default, str) and default else scalar(default)
+        return f"default {tag_of(type(default)) or 'as below'}"
+    return f"default {default if isinstance(default, str) and default else scalar(default)}"
 
 
 def _first_line(cls: Model) -> str:
