@@ -1,0 +1,65 @@
+"""Advantages from the other rollouts of the same prompt, without a critic."""
+
+from __future__ import annotations
+
+from typing import ClassVar, Literal
+
+from jaxtyping import Bool, Float, Int
+from pydantic import Field
+
+from ppojax.component import Component
+from ppojax.lazy import jax, jnp
+from ppojax.types import Advantage, Experience
+
+
+class Group(Component):
+    """Return of a row against its group's: GRPO (mean, std), Dr.GRPO (mean, none), RLOO (leave_one_out, none)."""
+
+    needs_values: ClassVar[bool] = False
+
+    type: Literal["group"] = "group"
+    baseline: Literal["mean", "leave_one_out"] = Field(
+        "mean", description="mean: of the whole group; leave_one_out: of its other rows"
+    )
+    scale: Literal["std", "none"] = Field("std", description="std: divide by the group's standard deviation (n - 1)")
+    epsilon: float = Field(1e-6, ge=0, description="added to the standard deviation")
+
+    def __call__(self, experience: Experience) -> Advantage:
+        """Compare each row's return R (the sum of its rewards) with the n valid rows of its group.
+
+            mean            A = R - mean(R)                      (arXiv 2402.03300, section 4.1.2)
+            leave_one_out   A = R - mean of the others           = n / (n - 1) (R - mean(R))     (arXiv 2402.14740)
+            scale = std     A / (std(R) + epsilon)
+
+        A is the same on all action tokens of a row, and 0 elsewhere. It is 0 for rows that are not valid, which leave
+        the statistics, for a group of one, and for a group whose returns are all equal. There is no critic target.
+        Stop-gradiented.
+        """
+        return_B = jnp.sum(jnp.where(experience.action_BT, experience.reward_BT, 0.0), axis=1)
+        advantage_B = self._advantage(return_B, experience.valid_B, experience.group_B)
+        advantage_BT = jnp.where(experience.action_BT, advantage_B[:, None], 0.0)
+        return Advantage(jax.lax.stop_gradient(advantage_BT))
+
+    def _advantage(
+        self, return_B: Float[jax.Array, " B"], valid_B: Bool[jax.Array, " B"], group_B: Int[jax.Array, " B"]
+    ) -> Float[jax.Array, " B"]:
+        rows = return_B.shape[0]
+        # Group ids may be any integers; within the batch there are at most as many groups as rows.
+        _, index_B = jnp.unique(group_B, return_inverse=True, size=rows)
+
+        def over_group(x_B: jax.Array) -> jax.Array:
+            return jax.ops.segment_sum(jnp.where(valid_B, x_B, 0.0), index_B, num_segments=rows)[index_B]
+
+        count_B = over_group(jnp.ones_like(return_B))
+        centered_B = return_B - over_group(return_B) / jnp.maximum(count_B, 1.0)
+        others_B = jnp.maximum(count_B - 1.0, 1.0)
+        advantage_B = centered_B
+        if self.baseline == "leave_one_out":
+            advantage_B = centered_B * count_B / others_B
+        if self.scale == "std":
+            deviation_B = jnp.sqrt(over_group(jnp.square(centered_B)) / others_B)
+            advantage_B = advantage_B / jnp.maximum(deviation_B + self.epsilon, jnp.finfo(jnp.float32).tiny)
+        # Exact, where a mean that does not round to the common return would leave a residue to be scaled up.
+        top_B = jax.ops.segment_max(jnp.where(valid_B, return_B, -jnp.inf), index_B, num_segments=rows)[index_B]
+        low_B = jax.ops.segment_min(jnp.where(valid_B, return_B, jnp.inf), index_B, num_segments=rows)[index_B]
+        return jnp.where(valid_B & (top_B > low_B), advantage_B, 0.0)

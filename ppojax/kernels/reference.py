@@ -1,0 +1,34 @@
+"""Token statistics with the logits held whole and the gradient left to autodiff."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Float, Int
+
+from ppojax.types import TokenStats
+
+
+def logits(
+    hidden_ND: Float[jax.Array, "N D"], head_VD: Float[jax.Array, "V D"], temperature: float
+) -> Float[jax.Array, "N V"]:
+    """Multiply by the head and divide by the temperature, accumulating in float32."""
+    dtype = jnp.promote_types(hidden_ND.dtype, head_VD.dtype)
+    product_NV = jnp.matmul(hidden_ND.astype(dtype), head_VD.astype(dtype).T, preferred_element_type=jnp.float32)
+    return product_NV if temperature == 1.0 else product_NV / temperature
+
+
+def token_stats(
+    hidden_ND: Float[jax.Array, "N D"],
+    head_VD: Float[jax.Array, "V D"],
+    target_N: Int[jax.Array, " N"],
+    *,
+    temperature: float,
+    entropy: bool,
+) -> TokenStats:
+    """Compute `ppojax.kernels.token_stats` in the plainest way; memory is several times [N, V] float32."""
+    logp_NV = jax.nn.log_softmax(logits(hidden_ND, head_VD, temperature), axis=-1)
+    logp_N = jnp.take_along_axis(logp_NV, target_N[:, None], axis=-1)[:, 0]
+    if not entropy:
+        return TokenStats(logp_N)
+    return TokenStats(logp_N, -jnp.sum(jnp.exp(logp_NV) * logp_NV, axis=-1))

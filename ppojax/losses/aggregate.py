@@ -1,0 +1,56 @@
+"""How per-token losses become one number, kept apart as a sum and the weight to divide it by."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from jaxtyping import Bool, Float
+from pydantic import Field, model_validator
+
+from ppojax.component import Component
+from ppojax.lazy import jax, jnp
+from ppojax.types import Mean
+
+
+class Aggregation(Component):
+    """How the losses of tokens are averaged. Weights are counts of the whole minibatch, never of a microbatch."""
+
+    mode: Literal["token_mean", "seq_mean_token_mean", "seq_mean_token_sum", "constant"] = Field(
+        "token_mean",
+        description="token_mean: over all action tokens; seq_mean_token_mean: over each row's tokens, then over rows; "
+        "seq_mean_token_sum: sum over a row, mean over rows; constant: the same, divided by `constant` (Dr.GRPO)",
+    )
+    constant: float | None = Field(
+        None, gt=0, description="divisor of mode=constant, in tokens; usually the longest response allowed"
+    )
+
+    @model_validator(mode="after")
+    def _constant_goes_with_its_mode(self) -> Aggregation:
+        if (self.mode == "constant") != (self.constant is not None):
+            raise ValueError(
+                f"aggregation: constant={self.constant} with mode={self.mode}; set `constant` when, and only when, "
+                "mode=constant"
+            )
+        return self
+
+    def __call__(self, x_BT: Float[jax.Array, "B T"], mask_BT: Bool[jax.Array, "B T"]) -> Mean:
+        """Aggregate x over the tokens where the mask holds; a row counts when it has such a token.
+
+        token_mean           sum_bt m x / sum_bt m                  (DAPO, arXiv 2503.14476, eq. 8)
+        seq_mean_token_mean  mean_b (sum_t m x / sum_t m)           (GRPO, arXiv 2402.03300, eq. 3)
+        seq_mean_token_sum   mean_b sum_t m x
+        constant             mean_b sum_t m x / constant            (Dr.GRPO, arXiv 2503.20783)
+
+        Both numbers add up over the parts of a batch that is split by rows. Values off the mask may be anything.
+        """
+        row_sum_B = jnp.sum(jnp.where(mask_BT, x_BT, 0.0), axis=1)
+        count_B = jnp.sum(mask_BT, axis=1, dtype=jnp.float32)
+        rows = jnp.sum(count_B > 0, dtype=jnp.float32)
+        if self.mode == "token_mean":
+            return Mean(jnp.sum(row_sum_B), jnp.sum(count_B))
+        if self.mode == "seq_mean_token_mean":
+            return Mean(jnp.sum(row_sum_B / jnp.maximum(count_B, 1.0)), rows)
+        if self.mode == "seq_mean_token_sum":
+            return Mean(jnp.sum(row_sum_B), rows)
+        assert self.constant is not None
+        return Mean(jnp.sum(row_sum_B) / self.constant, rows)

@@ -1,0 +1,37 @@
+"""Supervised learning of the action tokens."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field
+
+from ppojax.component import Component
+from ppojax.lazy import jax
+from ppojax.losses.aggregate import Aggregation
+from ppojax.masking import masked_mean
+from ppojax.types import Batch, LossOut, TokenStats
+
+
+class NLL(Component):
+    """Negative log-likelihood of the action tokens, whatever their advantage: warm starts and imitation."""
+
+    type: Literal["nll"] = "nll"
+    aggregation: Aggregation = Field(Aggregation(), description="how the losses of tokens are averaged")
+
+    @property
+    def needs(self) -> frozenset[str]:
+        """Which of the experience's optional log-probabilities the loss reads: none."""
+        return frozenset()
+
+    @property
+    def entropy(self) -> bool:
+        """Whether the loss reads the entropy of the policy: it does not."""
+        return False
+
+    def __call__(self, stats: TokenStats, batch: Batch) -> LossOut:
+        """Compute loss_t = -log pi(y_t) over the action tokens, in nats. `actor/nll_loss` is its mean over tokens."""
+        action_BT = batch.experience.action_BT
+        total = self.aggregation(-stats.logp, action_BT)
+        metrics = {"actor/nll_loss": masked_mean(-stats.logp, action_BT)}
+        return LossOut(total.sum, total.weight, jax.lax.stop_gradient(metrics))

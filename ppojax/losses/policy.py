@@ -1,0 +1,55 @@
+"""What every policy loss shares: aggregation, the entropy bonus and the KL penalty."""
+
+from __future__ import annotations
+
+from jaxtyping import Float
+from pydantic import Field
+
+from ppojax.component import Component
+from ppojax.lazy import jax
+from ppojax.losses.aggregate import Aggregation
+from ppojax.losses.kl import KLPenalty
+from ppojax.masking import masked_mean
+from ppojax.types import Batch, LossOut, Metrics, TokenStats
+
+
+class PolicyLoss(Component):
+    """The base of the policy losses. `needs` and `entropy` say what must be computed before the loss can be."""
+
+    aggregation: Aggregation = Field(Aggregation(), description="how the losses of tokens are averaged")
+    entropy_coefficient: float = Field(0.0, description="weight of the entropy bonus (full vocabulary, with gradient)")
+    kl: KLPenalty = Field(KLPenalty(), description="KL penalty to the reference policy")
+
+    @property
+    def needs(self) -> frozenset[str]:
+        """Which of the experience's optional log-probabilities the loss reads: `logp_old`, `logp_ref`."""
+        return frozenset({"logp_ref"} if self.kl.coefficient > 0 else ())
+
+    @property
+    def entropy(self) -> bool:
+        """Whether the loss reads the entropy of the policy."""
+        return self.entropy_coefficient != 0
+
+    def assemble(
+        self, policy_BT: Float[jax.Array, "B T"], stats: TokenStats, batch: Batch, metrics: Metrics
+    ) -> LossOut:
+        """Aggregate policy - entropy_coefficient * H + kl.coefficient * KL, adding each part's metric.
+
+        The entropy is reported whenever it is there, the KL when it is penalised.
+        """
+        mask_BT = batch.experience.action_BT
+        total_BT = policy_BT
+        metrics = {**metrics, "actor/pg_loss": self.aggregation(policy_BT, mask_BT)}
+        if stats.entropy is not None:
+            metrics["actor/entropy"] = masked_mean(stats.entropy, mask_BT)
+        if self.entropy:
+            assert stats.entropy is not None, "the loss has an entropy bonus, but no entropy was computed"
+            total_BT = total_BT - self.entropy_coefficient * stats.entropy
+        if "logp_ref" in self.needs:
+            logp_ref_BT = batch.experience.logp_ref_BT
+            assert logp_ref_BT is not None, "the loss has a KL penalty, but logp_ref was not scored"
+            kl_BT = self.kl(stats.logp, logp_ref_BT, batch.experience.logp_behavior_BT)
+            metrics["actor/kl_loss"] = self.aggregation(kl_BT, mask_BT)
+            total_BT = total_BT + self.kl.coefficient * kl_BT
+        total = self.aggregation(total_BT, mask_BT)
+        return LossOut(total.sum, total.weight, jax.lax.stop_gradient(metrics))

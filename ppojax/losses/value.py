@@ -1,0 +1,52 @@
+"""The critics' regression loss."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from jaxtyping import Float
+from pydantic import Field
+
+from ppojax.component import Component
+from ppojax.lazy import jax, jnp
+from ppojax.losses.aggregate import Aggregation
+from ppojax.masking import masked_mean
+from ppojax.types import Batch, LossOut, Metrics
+
+
+class ValueLoss(Component):
+    """Half the squared error of each critic's value, optionally clipped around the value at the start of the update."""
+
+    type: Literal["mse"] = "mse"
+    clip: float | None = Field(
+        None, gt=0, description="farthest a value may move from the one the returns were made with; null for no clip"
+    )
+    aggregation: Aggregation = Field(Aggregation(), description="how the losses of tokens are averaged")
+
+    def __call__(self, value_MBT: Float[jax.Array, "M B T"], batch: Batch) -> LossOut:
+        """Compute the loss of M critics on the action tokens of a batch, summed over the critics.
+
+            loss_t = 1/2 (V - R)^2
+            loss_t = 1/2 max((V - R)^2, (clip(V, V_old - c, V_old + c) - R)^2)    with clip c (arXiv 1506.02438 code)
+
+        The weight counts tokens, not critics, so that each critic's gradient does not depend on how many there are.
+        Returns and old values are stop-gradiented. Metrics are means over critics, as verl names them.
+        """
+        assert batch.return_MBT is not None, "no critic targets: the advantage estimator returned none"
+        action_BT = batch.experience.action_BT
+        target_MBT = jax.lax.stop_gradient(batch.return_MBT)
+        error_MBT = jnp.square(value_MBT - target_MBT)
+        metrics: Metrics = {}
+        if self.clip is not None:
+            assert batch.experience.value_MBT is not None, "a clipped value loss needs the values before the update"
+            old_MBT = jax.lax.stop_gradient(batch.experience.value_MBT)
+            near_MBT = jnp.clip(value_MBT, old_MBT - self.clip, old_MBT + self.clip)
+            clipped_MBT = jnp.square(near_MBT - target_MBT)
+            share_BT = jnp.mean((clipped_MBT > error_MBT).astype(jnp.float32), axis=0)
+            metrics["critic/vf_clipfrac"] = masked_mean(share_BT, action_BT)
+            error_MBT = jnp.maximum(error_MBT, clipped_MBT)
+        loss_MBT = 0.5 * error_MBT
+        total = self.aggregation(jnp.sum(loss_MBT, axis=0), action_BT)
+        metrics["critic/vf_loss"] = self.aggregation(jnp.mean(loss_MBT, axis=0), action_BT)
+        metrics["critic/vpred_mean"] = masked_mean(jnp.mean(value_MBT, axis=0), action_BT)
+        return LossOut(total.sum, total.weight, jax.lax.stop_gradient(metrics))
