@@ -20,7 +20,6 @@ from typing import Any
 
 import jax
 import orbax.checkpoint as ocp
-from absl import logging as absl_logging
 from jax.tree_util import keystr, tree_flatten_with_path, tree_structure
 
 from ppojax.errors import CannotWriteError, DataError
@@ -52,7 +51,7 @@ class Checkpoints:
         self._damaged: set[int] = set()
         self._saving: tuple[int, Future[None]] | None = None
         # Orbax reports through absl, a failed write with a thousand lines; the errors reach us as exceptions.
-        absl_logging.set_verbosity(absl_logging.FATAL)
+        logging.getLogger("absl").setLevel(logging.CRITICAL)
         self._orbax = ocp.AsyncCheckpointer(ocp.StandardCheckpointHandler())
         self._worker = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
 

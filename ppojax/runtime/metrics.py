@@ -10,10 +10,10 @@ import time
 from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
-
-from tensorboardX import SummaryWriter
+from typing import SupportsFloat
 
 from ppojax.errors import CannotWriteError, DataError
+from ppojax.runtime.tensorboard import TensorBoard
 
 log = logging.getLogger(__name__)
 
@@ -42,14 +42,18 @@ class MetricsLog:
             raise CannotWriteError(f"{path}: cannot be written: {error.strerror}; choose a writable run.dir") from error
         self._waiting = b""
         self._failed = 0
-        self._tensorboard = _TensorBoard(tensorboard, resume_step) if tensorboard is not None else None
+        self._tensorboard = TensorBoard(tensorboard, resume_step) if tensorboard is not None else None
 
-    def log(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Add the row of `step`. Raises CannotWriteError after three failed writes in a row."""
+    def log(self, step: int, metrics: Mapping[str, SupportsFloat]) -> None:
+        """Add the row of `step`, before the checkpoint of that step is saved.
+
+        Raises CannotWriteError after three failed writes in a row.
+        """
         assert "step" not in metrics and "time" not in metrics, "step and time are the row's own"
         row: dict[str, float | int | None] = {"step": step, "time": round(time.time(), 3)}
-        finite = {name: float(value) for name, value in metrics.items() if math.isfinite(value)}
-        row.update({name: finite.get(name) for name in metrics})
+        numbers = {name: float(value) for name, value in metrics.items()}
+        finite = {name: value for name, value in numbers.items() if math.isfinite(value)}
+        row.update({name: finite.get(name) for name in numbers})
         self._waiting += (json.dumps(row, allow_nan=False) + "\n").encode()
         self._write()
         if self._tensorboard is not None:
@@ -96,40 +100,6 @@ class MetricsLog:
         self.close()
 
 
-class _TensorBoard:
-    """A second sink that may fail: it warns once and is left alone from then on."""
-
-    def __init__(self, folder: Path, resume_step: int) -> None:
-        self._folder = folder
-        self._writer: SummaryWriter | None = None
-        try:
-            # Events of steps after the checkpoint are marked as superseded.
-            self._writer = SummaryWriter(str(folder), purge_step=resume_step + 1, flush_secs=10)
-        except OSError as error:
-            self._give_up(error)
-
-    def add(self, step: int, metrics: Mapping[str, float]) -> None:
-        if self._writer is None:
-            return
-        try:
-            for name, value in metrics.items():
-                self._writer.add_scalar(name, value, step)
-        except OSError as error:
-            self._give_up(error)
-
-    def close(self) -> None:
-        if self._writer is None:
-            return
-        try:
-            self._writer.close()
-        except OSError as error:
-            self._give_up(error)
-
-    def _give_up(self, error: OSError) -> None:
-        self._writer = None
-        log.warning("%s: TensorBoard is off: %s; metrics.jsonl goes on", self._folder, error.strerror or error)
-
-
 def _length_through(path: Path, resume_step: int) -> int:
     """Count the bytes of the rows up to and with `resume_step`."""
     if not path.exists() or resume_step < 0:
@@ -153,7 +123,7 @@ def _length_through(path: Path, resume_step: int) -> int:
     return length
 
 
-def read_metrics(path: Path) -> list[dict[str, float | None]]:
+def read_metrics(path: Path) -> list[dict[str, float | int | None]]:
     """Read the rows of a `metrics.jsonl`, leaving out a torn last line."""
     lines = path.read_bytes().split(b"\n")
     return [json.loads(line) for line in lines[:-1] if line]

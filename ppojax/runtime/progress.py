@@ -6,6 +6,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Mapping
 from types import TracebackType
+from typing import SupportsFloat
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn
@@ -56,14 +57,15 @@ class Progress:
         self._durations: deque[float] = deque(maxlen=RECENT_STEPS)
         self._bar: Bar | None = None
         if not self.plain:
-            self._bar = Bar(
+            bar = Bar(
                 TextColumn("{task.fields[phase]}", markup=False, style="dim"),
                 BarColumn(bar_width=24),
                 MofNCompleteColumn(),
                 TextColumn("{task.fields[line]}", markup=False),
                 console=self.console,
             )
-            self._task = self._bar.add_task("", total=total, completed=start, phase="starting", line="")
+            self._task = bar.add_task("", total=total, completed=start, phase="starting", line="")
+            self._bar = bar
 
     def __enter__(self) -> Progress:
         self._last = self._clock()
@@ -83,7 +85,7 @@ class Progress:
         if self._bar is not None:
             self._bar.update(self._task, phase=escape_terminal(text))
 
-    def step(self, step: int, metrics: Mapping[str, float]) -> None:
+    def step(self, step: int, metrics: Mapping[str, SupportsFloat]) -> None:
         """Show that `step` is done."""
         now = self._clock()
         self._durations.append(now - self._last)
@@ -105,8 +107,8 @@ class Progress:
 
 
 def summary_table(
-    first: Mapping[str, float | None],
-    last: Mapping[str, float | None],
+    first: Mapping[str, float | int | None],
+    last: Mapping[str, float | int | None],
     extra: Mapping[str, object],
     names: tuple[str, ...] = HEADLINE,
 ) -> Table:
@@ -125,18 +127,18 @@ def summary_table(
     return table
 
 
-def _parts(metrics: Mapping[str, float]) -> list[str]:
+def _parts(metrics: Mapping[str, SupportsFloat]) -> list[str]:
     out = []
     if REWARD in metrics:
-        out.append(f"reward {metrics[REWARD]:.3f}")
+        out.append(f"reward {float(metrics[REWARD]):.3f}")
     if THROUGHPUT in metrics:
-        out.append(f"{metrics[THROUGHPUT]:,.0f} tokens/s")
+        out.append(f"{float(metrics[THROUGHPUT]):,.0f} tokens/s")
     return out
 
 
-def _split(metrics: Mapping[str, float]) -> list[str]:
+def _split(metrics: Mapping[str, SupportsFloat]) -> list[str]:
     """Name the parts of the step's time, the longest first, without their sum."""
-    timing = {name.removeprefix(TIMING): value for name, value in metrics.items() if name.startswith(TIMING)}
+    timing = {name.removeprefix(TIMING): float(value) for name, value in metrics.items() if name.startswith(TIMING)}
     timing.pop("step", None)
     ordered = sorted(timing.items(), key=lambda item: -item[1])
     return ["| " + "  ".join(f"{name} {value:.1f}s" for name, value in ordered)] if ordered else []
@@ -148,5 +150,5 @@ def _duration(seconds: float) -> str:
     return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
 
 
-def _value(value: float | None) -> str:
+def _value(value: float | int | None) -> str:
     return "-" if value is None else f"{value:.4g}"

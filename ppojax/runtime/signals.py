@@ -35,9 +35,8 @@ class StopSignals:
         """Say whether a signal has arrived."""
         return self._received is not None
 
-    @property
     def received(self) -> str | None:
-        """The name of the first signal, None before it."""
+        """Name the first signal; None before it."""
         return self._received.name if self._received is not None else None
 
     def __enter__(self) -> StopSignals:
