@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import resource
 import subprocess
 import sys
-import time
 
 import pytest
 from pydantic import Field
@@ -13,7 +13,7 @@ from ppojax.cli import Flags, run_command
 from ppojax.errors import DataError, DivergedError, Preempted
 from ppojax.settings import Settings
 
-FAULTY = ("env.type=arith", "actor.optimizer.learning_rte=1e-6")
+FAULTY = ("env.type=calculator", "model.path=smollm2", "actor.optimizer.learning_rte=1e-6")
 UNKNOWN = "ppojax: error: unknown key actor.optimizer.learning_rte (command line); did you mean "
 
 
@@ -108,9 +108,11 @@ def test_print_config(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def fresh(code: str, *arguments: str) -> tuple[subprocess.CompletedProcess[str], float]:
-    start = time.monotonic()
+    """Run code in a new process; also give the processor seconds that it took."""
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
     done = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True, timeout=60)
-    return done, time.monotonic() - start
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return done, after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
 
 
 PROBE = """
@@ -136,7 +138,7 @@ def test_a_mistyped_key_is_told_in_under_a_second() -> None:
     for done, _ in runs:
         assert done.returncode == 2
         assert done.stderr == f"{UNKNOWN}actor.optimizer.learning_rate?\n"
-    # The fastest of three: on a shared machine the others measure what else is running.
+    # Processor time, the least of three: on a shared machine a clock measures what else is running.
     assert min(seconds for _, seconds in runs) < 1.0
 
 

@@ -8,14 +8,15 @@ import pytest
 
 from ppojax.advantages import GAE
 from ppojax.config import FOREIGN_KEYS, Config
+from ppojax.envs import Calculator
 from ppojax.errors import ConfigError
 from ppojax.losses import DPPO
 from ppojax.settings import help_text
 from ppojax.settings.schema import keys, sections
 
 CONFIGS = sorted((Path(__file__).parent.parent / "configs").glob("*.yaml"))
-BASE = ("env.type=calc", "model.path=smollm2")
-FRESH = ("env.type=calc", "model.fresh={}", "model.tokenizer=char", "critic.model.layers=4")
+BASE = ("env.type=calculator", "model.path=smollm2")
+FRESH = ("env.type=calculator", "model.fresh={}", "model.tokenizer=char", "critic.model.layers=4")
 
 
 def faults(*arguments: str) -> list[str]:
@@ -97,7 +98,7 @@ def test_a_run_is_one_folder(name: str) -> None:
 
 CONTRADICTIONS = [
     (
-        ("env.type=calc",),
+        ("env.type=calculator",),
         "model.path=null (default), model.fresh=null (default): there is no model; give model.path=smollm2 "
         "(or a folder, a .gguf file, a hub id), or model.fresh.layers=... for a new one",
     ),
@@ -206,9 +207,17 @@ def test_contradictions(arguments: tuple[str, ...], line: str) -> None:
     assert faults(*arguments) == [line]
 
 
+def test_a_warm_start_needs_an_expert(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Calculator, "has_expert", False)
+    assert faults(*BASE, "warm_start.steps=3") == [
+        "warm_start.steps=3 (command line), env.type=calculator (command line): "
+        "this environment has no expert to learn from; set warm_start=null"
+    ]
+
+
 def test_contradictions_are_told_together_with_all_else() -> None:
     lines = faults(
-        "env.type=calc", "seed=-1", "update.minibatches=3", "rollout.max_turn_tokens=600", "stesp=3", "model={}"
+        "env.type=calculator", "seed=-1", "update.minibatches=3", "rollout.max_turn_tokens=600", "stesp=3", "model={}"
     )
     assert [line.split("=")[0].split(" (")[0] for line in lines] == [
         "unknown key stesp",

@@ -38,7 +38,6 @@ LATE_IMPORTS = {
     ("models/load.py", "huggingface_hub"),
     ("models/gguf.py", "gguf"),
     ("train.py", "ppojax.trainer.session"),
-    ("evaluate.py", "ppojax.trainer"),
 }
 BROAD_EXCEPTS = {"rollout/collect.py"}  # an environment is the user's code
 PROBES = {"lazy.py"}  # a proxy of a module
