@@ -68,9 +68,9 @@ FOREIGN_KEYS = {
 class RunConfig(Component):
     """Where a run leaves its files: `<dir>/<name>/`."""
 
-    name: str = Field("run", description="folder of the run inside dir")
-    dir: str = Field("runs", min_length=1, description="folder that holds runs")
-    tensorboard: bool = Field(True, description="also write the metrics for TensorBoard")
+    name: str = Field(default="run", description="folder of the run inside dir")
+    dir: str = Field(default="runs", min_length=1, description="folder that holds runs")
+    tensorboard: bool = Field(default=True, description="also write the metrics for TensorBoard")
 
     @field_validator("name")
     @classmethod
@@ -83,9 +83,13 @@ class RunConfig(Component):
 class EvalConfig(Component):
     """How held-out tasks are tried while training."""
 
-    every: int = Field(10, ge=0, description="steps between evaluations, which also open and close a run; 0 for none")
-    prompts: int = Field(64, ge=1, description="held-out tasks, the same ones each time")
-    samples: int = Field(8, ge=1, description="sampled answers a task for pass@k, in `python -m ppojax.evaluate`")
+    every: int = Field(
+        default=10, ge=0, description="steps between evaluations, which also open and close a run; 0 for none"
+    )
+    prompts: int = Field(default=64, ge=1, description="held-out tasks, the same ones each time")
+    samples: int = Field(
+        default=8, ge=1, description="sampled answers a task for pass@k, in `python -m ppojax.evaluate`"
+    )
 
 
 class Config(Settings):
@@ -93,26 +97,28 @@ class Config(Settings):
 
     foreign_keys: ClassVar[Mapping[str, str]] = FOREIGN_KEYS
 
-    seed: int = Field(0, ge=0, lt=2**32, description="seed of all randomness")
-    steps: int = Field(100, ge=1, description="training steps: each samples episodes once and updates on them")
+    seed: int = Field(default=0, ge=0, lt=2**32, description="seed of all randomness")
+    steps: int = Field(default=100, ge=1, description="training steps: each samples episodes once and updates on them")
     resume: bool | Literal["strict"] = Field(
-        False, description="go on from the last checkpoint that is whole; strict: only from the very last one"
+        default=False, description="go on from the last checkpoint that is whole; strict: only from the very last one"
     )
-    run: RunConfig = Field(RunConfig(), description="where the run leaves its files")
-    mesh: MeshConfig = Field(MeshConfig(), description="devices along each axis")
-    model: ModelConfig = Field(ModelConfig(), description="the policy's model")
-    actor: ActorConfig = Field(ActorConfig(), description="the policy's update")
+    run: RunConfig = Field(default=RunConfig(), description="where the run leaves its files")
+    mesh: MeshConfig = Field(default=MeshConfig(), description="devices along each axis")
+    model: ModelConfig = Field(default=ModelConfig(), description="the policy's model")
+    actor: ActorConfig = Field(default=ActorConfig(), description="the policy's update")
     critic: CriticConfig = Field(
-        CriticConfig(), description="the critic and its update; left alone when advantages need no values"
+        default=CriticConfig(), description="the critic and its update; left alone when advantages need no values"
     )
     env: EnvConfig = Field(description="tasks, and what answers the policy")
-    rollout: RolloutConfig = Field(RolloutConfig(), description="how episodes are sampled")
-    advantage: AdvantageEstimator = Field(GAE(), description="credit of each token")
-    loss: Loss = Field(DPPO(), description="the policy's loss")
-    update: UpdateConfig = Field(UpdateConfig(), description="how a step's rows become optimizer steps")
-    warm_start: WarmStartConfig | None = Field(None, description="supervised steps before the first training step")
-    checkpoint: CheckpointConfig = Field(CheckpointConfig(), description="when checkpoints are written")
-    eval: EvalConfig = Field(EvalConfig(), description="when held-out tasks are tried")
+    rollout: RolloutConfig = Field(default=RolloutConfig(), description="how episodes are sampled")
+    advantage: AdvantageEstimator = Field(default=GAE(), description="credit of each token")
+    loss: Loss = Field(default=DPPO(), description="the policy's loss")
+    update: UpdateConfig = Field(default=UpdateConfig(), description="how a step's rows become optimizer steps")
+    warm_start: WarmStartConfig | None = Field(
+        default=None, description="supervised steps before the first training step"
+    )
+    checkpoint: CheckpointConfig = Field(default=CheckpointConfig(), description="when checkpoints are written")
+    eval: EvalConfig = Field(default=EvalConfig(), description="when held-out tasks are tried")
 
     @classmethod
     def load(cls, *arguments: str) -> Config:

@@ -1,4 +1,4 @@
-"""`jax`, `jax.numpy` and `optax`, loaded at first use.
+"""`jax`, `jax.numpy`, `optax` and the shape annotations of `jaxtyping`, loaded at first use.
 
 A settings class is also the function it configures (a loss, an advantage estimator), so reading a config imports the
 modules of those functions. With the proxies below that costs nothing until a number is computed: a mistyped key is
@@ -8,6 +8,7 @@ reported in well under a second, before jax starts. Modules that no config reach
 from __future__ import annotations
 
 import importlib
+import sys
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
@@ -28,4 +29,10 @@ else:
     jnp = _LazyModule("jax.numpy")
     optax = _LazyModule("optax")
 
-__all__ = ["jax", "jnp", "optax"]
+# Annotations are strings; only the tests evaluate them, and they load jaxtyping before anything of ours.
+if TYPE_CHECKING or "jaxtyping" in sys.modules:
+    from jaxtyping import Bool, Float, Int
+else:
+    Bool = Float = Int = None
+
+__all__ = ["Bool", "Float", "Int", "jax", "jnp", "optax"]

@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-from jaxtyping import Bool, Float
-
-from ppojax.lazy import jax, jnp
+from ppojax.lazy import Bool, Float, jax, jnp
 from ppojax.types import Max, Mean, Metrics
 
 
-def masked_mean(x: Float[jax.Array, "..."], mask: Bool[jax.Array, "..."]) -> Mean:
+def masked_mean(x: Float[jax.Array, ...], mask: Bool[jax.Array, ...]) -> Mean:
     """Sum x where mask holds, with the count to divide by. Values off the mask may be anything, NaN too."""
     return Mean(jnp.sum(jnp.where(mask, x, 0.0)), jnp.sum(mask, dtype=jnp.float32))
 
 
-def masked_max(x: Float[jax.Array, "..."], mask: Bool[jax.Array, "..."]) -> Max:
+def masked_max(x: Float[jax.Array, ...], mask: Bool[jax.Array, ...]) -> Max:
     """Take the largest x where mask holds, and 0 where it holds nowhere."""
     return Max(jnp.max(jnp.where(mask, x, -jnp.inf), initial=-jnp.inf, where=mask))
 

@@ -33,9 +33,9 @@ RULES: Mapping[str, tuple[str, ...]] = {
 class MeshConfig(Component):
     """Devices along each mesh axis; their product is the number of devices used."""
 
-    data: int = Field(1, ge=1, description="devices over which rows are split, parameters replicated")
-    fsdp: int = Field(1, ge=1, description="devices over which rows and parameters are split")
-    tensor: int = Field(1, ge=1, description="devices over which heads, ffn and vocabulary are split")
+    data: int = Field(default=1, ge=1, description="devices over which rows are split, parameters replicated")
+    fsdp: int = Field(default=1, ge=1, description="devices over which rows and parameters are split")
+    tensor: int = Field(default=1, ge=1, description="devices over which heads, ffn and vocabulary are split")
 
     @property
     def size(self) -> int:

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from typing import ClassVar, Literal
 
-from jaxtyping import Bool, Float
 from pydantic import Field
 
 from ppojax.component import Component
-from ppojax.lazy import jax, jnp
+from ppojax.lazy import Bool, Float, jax, jnp
 from ppojax.masking import masked_mean
 from ppojax.types import Advantage, Ending, Experience
 
@@ -19,22 +18,26 @@ class GAE(Component):
     needs_values: ClassVar[bool] = True
 
     type: Literal["gae"] = "gae"
-    gamma: float = Field(1.0, ge=0, le=1, description="discount per step")
-    lambda_policy: float = Field(0.95, ge=0, le=1, description="lambda of the advantage")
-    lambda_value: float = Field(1.0, ge=0, le=1, description="lambda of the critics' targets; 1: Monte-Carlo returns")
+    gamma: float = Field(default=1.0, ge=0, le=1, description="discount per step")
+    lambda_policy: float = Field(default=0.95, ge=0, le=1, description="lambda of the advantage")
+    lambda_value: float = Field(
+        default=1.0, ge=0, le=1, description="lambda of the critics' targets; 1: Monte-Carlo returns"
+    )
     mask_rule: Literal["skip", "zero", "dense"] = Field(
-        "skip",
+        default="skip",
         description="tokens that the policy did not choose: skip: no step in time; zero: a step with value 0; "
         "dense: a step with the critic's value",
     )
     truncation: Literal["bootstrap", "zero", "mask_out"] = Field(
-        "bootstrap",
+        default="bootstrap",
         description="a row that hit a limit: bootstrap: goes on with the value of its last state; zero: ends there; "
         "mask_out: gives no advantage, and the critic's own value as its target",
     )
-    whiten: Literal["off", "batch"] = Field("off", description="batch: advantages to mean 0 and deviation 1")
+    whiten: Literal["off", "batch"] = Field(default="off", description="batch: advantages to mean 0 and deviation 1")
     whiten_floor: float = Field(
-        0.1, gt=0, description="smallest deviation to divide by, so that equal rewards do not blow up value noise"
+        default=0.1,
+        gt=0,
+        description="smallest deviation to divide by, so that equal rewards do not blow up value noise",
     )
 
     def __call__(self, experience: Experience) -> Advantage:

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from typing import ClassVar, Literal
 
-from jaxtyping import Bool, Float, Int
 from pydantic import Field
 
 from ppojax.component import Component
-from ppojax.lazy import jax, jnp
+from ppojax.lazy import Bool, Float, Int, jax, jnp
 from ppojax.types import Advantage, Experience
 
 
@@ -16,13 +15,16 @@ class Group(Component):
     """Return of a row against its group's: GRPO (mean, std), Dr.GRPO (mean, none), RLOO (leave_one_out, none)."""
 
     needs_values: ClassVar[bool] = False
+    gamma: ClassVar[float] = 1.0  # a return is the plain sum of a row's rewards
 
     type: Literal["group"] = "group"
     baseline: Literal["mean", "leave_one_out"] = Field(
-        "mean", description="mean: of the whole group; leave_one_out: of its other rows"
+        default="mean", description="mean: of the whole group; leave_one_out: of its other rows"
     )
-    scale: Literal["std", "none"] = Field("std", description="std: divide by the group's standard deviation (n - 1)")
-    epsilon: float = Field(1e-6, ge=0, description="added to the standard deviation")
+    scale: Literal["std", "none"] = Field(
+        default="std", description="std: divide by the group's standard deviation (n - 1)"
+    )
+    epsilon: float = Field(default=1e-6, ge=0, description="added to the standard deviation")
 
     def __call__(self, experience: Experience) -> Advantage:
         """Compare each row's return R (the sum of its rewards) with the n valid rows of its group.

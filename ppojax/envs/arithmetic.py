@@ -3,13 +3,23 @@
 from __future__ import annotations
 
 import re
+from dataclasses import dataclass
 
 MAX_CHARS = 80
 MAX_DIGITS = 18
 MAX_DEPTH = 8
 
-# A number, or (operator, left, right).
-Expression = int | tuple[str, "Expression", "Expression"]
+
+@dataclass(frozen=True)
+class Operation:
+    """One operator applied to two expressions."""
+
+    operator: str
+    left: int | Operation
+    right: int | Operation
+
+
+Expression = int | Operation
 
 _TOKEN = re.compile(r"\s*(?:([0-9]+)|([-+*()]))")
 
@@ -37,8 +47,8 @@ def evaluate(expression: Expression) -> int:
     """Compute an expression. Its size is bounded by what `parse` accepts."""
     if isinstance(expression, int):
         return expression
-    operator, left, right = expression[0], evaluate(expression[1]), evaluate(expression[2])
-    return left + right if operator == "+" else left - right if operator == "-" else left * right
+    left, right = evaluate(expression.left), evaluate(expression.right)
+    return {"+": left + right, "-": left - right, "*": left * right}[expression.operator]
 
 
 def _tokens(text: str) -> list[str]:
@@ -61,13 +71,13 @@ class _Parser:
     def sum(self, depth: int) -> Expression:
         left = self.product(depth)
         while self.tokens and self.tokens[-1] in "+-":
-            left = (self.tokens.pop(), left, self.product(depth))
+            left = Operation(self.tokens.pop(), left, self.product(depth))
         return left
 
     def product(self, depth: int) -> Expression:
         left = self.atom(depth)
         while self.tokens and self.tokens[-1] == "*":
-            left = (self.tokens.pop(), left, self.atom(depth))
+            left = Operation(self.tokens.pop(), left, self.atom(depth))
         return left
 
     def atom(self, depth: int) -> Expression:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 from ppojax.types import Messages
 
@@ -39,6 +39,7 @@ class Step:
     info: dict[str, Any] = field(default_factory=dict)
 
 
+@runtime_checkable
 class Env(Protocol):
     """One episode at a time. An exception ends the episode as an error, out of the loss."""
 

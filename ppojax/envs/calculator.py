@@ -11,7 +11,7 @@ from typing import Any, ClassVar, Literal, overload
 from pydantic import Field, model_validator
 
 from ppojax.component import Component
-from ppojax.envs.arithmetic import ArithmeticSyntaxError, evaluate, parse
+from ppojax.envs.arithmetic import ArithmeticSyntaxError, Operation, evaluate, parse
 from ppojax.envs.base import Env, Reset, Step, Task
 from ppojax.types import Messages
 
@@ -37,21 +37,23 @@ class Calculator(Component):
     has_expert: ClassVar[bool] = True
     stop: ClassVar[tuple[str, ...]] = (CLOSE,)
 
-    type: Literal["calculator"] = Field("calculator", description="two-turn arithmetic with a calculator")
-    operators: tuple[Literal["+", "-", "*"], ...] = Field(("+",), min_length=1, description="operators that are asked")
-    low: int = Field(10, ge=-(10**9), le=10**9, description="smallest operand")
-    high: int = Field(99, ge=-(10**9), le=10**9, description="largest operand")
-    reward_call: float = Field(0.5, description="reward of the right call")
-    reward_answer: float = Field(0.5, description="reward of the right answer after the right call")
-    on_wrong_call: Literal["observe", "end"] = Field(
-        "observe", description="after a malformed or wrong call: answer with an error or its result, or end"
+    type: Literal["calculator"] = Field(default="calculator", description="two-turn arithmetic with a calculator")
+    operators: tuple[Literal["+", "-", "*"], ...] = Field(
+        default=("+",), min_length=1, description="operators that are asked"
     )
-    max_turns: int = Field(2, ge=1, description="turns an episode may take; the last one terminates it")
-    train_size: int = Field(65_536, ge=1, description="number of training tasks")
-    eval_size: int = Field(256, ge=1, description="number of evaluation tasks")
-    system: str = Field("Use the calculator.", description="system message; empty for none")
+    low: int = Field(default=10, ge=-(10**9), le=10**9, description="smallest operand")
+    high: int = Field(default=99, ge=-(10**9), le=10**9, description="largest operand")
+    reward_call: float = Field(default=0.5, description="reward of the right call")
+    reward_answer: float = Field(default=0.5, description="reward of the right answer after the right call")
+    on_wrong_call: Literal["observe", "end"] = Field(
+        default="observe", description="after a malformed or wrong call: answer with an error or its result, or end"
+    )
+    max_turns: int = Field(default=2, ge=1, description="turns an episode may take; the last one terminates it")
+    train_size: int = Field(default=65_536, ge=1, description="number of training tasks")
+    eval_size: int = Field(default=256, ge=1, description="number of evaluation tasks")
+    system: str = Field(default="Use the calculator.", description="system message; empty for none")
     prompt: str = Field(
-        "Example: 5+7 is <calc>5+7</calc>\nWhat is {question}?",
+        default="Example: 5+7 is <calc>5+7</calc>\nWhat is {question}?",
         description="user message; {question} becomes the two numbers and their operator",
     )
 
@@ -93,7 +95,8 @@ class CalculatorTasks(Sequence[Task]):
     """Tasks by index, without a list of them."""
 
     def __init__(self, config: Calculator, split: Split, seed: int, numbers: range) -> None:
-        self._config, self._split, self._seed, self._numbers = config, split, seed, numbers
+        self._config, self._seed, self._numbers = config, seed, numbers
+        self._split: Split = split
 
     def __len__(self) -> int:
         return len(self._numbers)
@@ -198,12 +201,12 @@ def answers(text: str, result: int) -> bool:
 
 
 def _result(task: Task) -> int:
-    return evaluate((task.data["operator"], task.data["a"], task.data["b"]))
+    return evaluate(Operation(task.data["operator"], task.data["a"], task.data["b"]))
 
 
-def _right_calls(task: Task) -> list[Any]:
+def _right_calls(task: Task) -> list[Operation]:
     a, b, operator = task.data["a"], task.data["b"], task.data["operator"]
-    return [(operator, a, b)] + ([] if operator == "-" else [(operator, b, a)])
+    return [Operation(operator, a, b)] + ([] if operator == "-" else [Operation(operator, b, a)])
 
 
 def _split(a: int, b: int) -> Split:

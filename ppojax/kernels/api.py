@@ -5,9 +5,9 @@ from __future__ import annotations
 from typing import Literal
 
 import jax
-from jaxtyping import Float, Int
 
 from ppojax.kernels import reference, tiled
+from ppojax.lazy import Float, Int
 from ppojax.types import TokenStats
 
 Implementation = Literal["reference", "tiled"]
@@ -27,8 +27,7 @@ def token_stats(
         z = hidden head^T / temperature          logp_n = z[n, target_n] - lse(z[n])
         entropy_n = lse(z[n]) - sum_v softmax(z[n])_v z[n, v]                                  (nats)
 
-    `hidden_ND` and `head_VD` may be float32 or bfloat16 (the wider of the two is what the products are computed in);
-    logits accumulate in float32 and both statistics are float32. Differentiable in `hidden_ND` and `head_VD`, whose
+    `hidden_ND` and `head_VD` may be float32 or bfloat16 (products are computed in float32 where the two differ); logits accumulate in float32 and both statistics are float32. Differentiable in `hidden_ND` and `head_VD`, whose
     gradients come in their own dtypes; nothing is stop-gradiented. `temperature` is a Python number. The default
     implementation, `tiled`, never holds [N, V] whole; `reference` does, and is what the others are tested against.
 

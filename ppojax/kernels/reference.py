@@ -4,16 +4,21 @@ from __future__ import annotations
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Float, Int
 
+from ppojax.lazy import Float, Int
 from ppojax.types import TokenStats
+
+
+def product_dtype(hidden_ND: Float[jax.Array, "N D"], head_VD: Float[jax.Array, "V D"]) -> jnp.dtype:
+    """The type that products are computed in: that of both, or float32 where they differ."""
+    return hidden_ND.dtype if hidden_ND.dtype == head_VD.dtype else jnp.dtype("float32")
 
 
 def logits(
     hidden_ND: Float[jax.Array, "N D"], head_VD: Float[jax.Array, "V D"], temperature: float
 ) -> Float[jax.Array, "N V"]:
     """Multiply by the head and divide by the temperature, accumulating in float32."""
-    dtype = jnp.promote_types(hidden_ND.dtype, head_VD.dtype)
+    dtype = product_dtype(hidden_ND, head_VD)
     product_NV = jnp.matmul(hidden_ND.astype(dtype), head_VD.astype(dtype).T, preferred_element_type=jnp.float32)
     return product_NV if temperature == 1.0 else product_NV / temperature
 

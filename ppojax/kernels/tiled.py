@@ -17,14 +17,15 @@ from functools import partial
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Float, Int
 
-from ppojax.kernels.reference import logits
+from ppojax.kernels.reference import logits, product_dtype
+from ppojax.lazy import Float, Int
 from ppojax.types import TokenStats
 
 # Bytes of one tile of float32 logits. Each tile adds a [V, D] product to the head's gradient, so small tiles are bound
-# by that traffic; past some 256 rows the products are bound by arithmetic and larger tiles only cost memory.
-TILE_BYTES = 64 * 2**20
+# by that traffic; past some 200 rows, which this gives a vocabulary of 150,000, the products are bound by arithmetic
+# and larger tiles only cost memory.
+TILE_BYTES = 128 * 2**20
 # Bytes of float32 logits up to which all of them are kept for the backward: less memory than the rest of a step, and a
 # quarter less arithmetic.
 KEEP_BYTES = 256 * 2**20
@@ -35,7 +36,7 @@ def tile_rows(rows: int, vocabulary: int) -> int:
     """Choose how many of `rows` go into a tile: all that `KEEP_BYTES` allows, or else even shares of `TILE_BYTES`."""
     if 4 * rows * vocabulary <= KEEP_BYTES:
         return rows
-    fit = max(_ROW_MULTIPLE, TILE_BYTES // (4 * vocabulary))
+    fit = max(1, TILE_BYTES // (4 * vocabulary * _ROW_MULTIPLE)) * _ROW_MULTIPLE
     tiles = -(-rows // fit)
     even = -(-rows // tiles)
     return min(rows, -(-even // _ROW_MULTIPLE) * _ROW_MULTIPLE)
@@ -97,7 +98,7 @@ def _forward(temperature, entropy, tiles, hidden_ND, head_VD, target_N):
 
 def _backward(temperature, entropy, tiles, residuals, cotangent):
     hidden_ND, head_VD, target_N, lse_N, entropy_N, z_NV = residuals
-    dtype = jnp.promote_types(hidden_ND.dtype, head_VD.dtype)
+    dtype = product_dtype(hidden_ND, head_VD)
     head_in_dtype_VD = head_VD.astype(dtype)
 
     def tile(d_head_VD, inputs):

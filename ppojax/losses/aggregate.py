@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from typing import Literal
 
-from jaxtyping import Bool, Float
 from pydantic import Field, model_validator
 
 from ppojax.component import Component
-from ppojax.lazy import jax, jnp
+from ppojax.lazy import Bool, Float, jax, jnp
 from ppojax.types import Mean
 
 
@@ -16,12 +15,12 @@ class Aggregation(Component):
     """How the losses of tokens are averaged. Weights are counts of the whole minibatch, never of a microbatch."""
 
     mode: Literal["token_mean", "seq_mean_token_mean", "seq_mean_token_sum", "constant"] = Field(
-        "token_mean",
+        default="token_mean",
         description="token_mean: over all action tokens; seq_mean_token_mean: over each row's tokens, then over rows; "
         "seq_mean_token_sum: sum over a row, mean over rows; constant: the same, divided by `constant` (Dr.GRPO)",
     )
     constant: float | None = Field(
-        None, gt=0, description="divisor of mode=constant, in tokens; usually the longest response allowed"
+        default=None, gt=0, description="divisor of mode=constant, in tokens; usually the longest response allowed"
     )
 
     @model_validator(mode="after")

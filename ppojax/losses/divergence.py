@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from jaxtyping import Float
-
-from ppojax.lazy import jax, jnp
+from ppojax.lazy import Float, jax, jnp
 
 # exp of a difference of log-probabilities stays finite, and so does its square, in float32 (exp(20) is 5e8).
 MAX_LOG_RATIO = 20.0
@@ -32,12 +30,12 @@ def log1mexp(x: Float[jax.Array, "*dims"]) -> Float[jax.Array, "*dims"]:
 
 
 def binary_tv(logp_from: Float[jax.Array, "*dims"], logp_to: Float[jax.Array, "*dims"]) -> Float[jax.Array, "*dims"]:
-    """Compute TV = |mu(a) - pi(a)|, the total variation of {a, not a} (DPPO, arXiv 2602.04879)."""
+    """Compute TV = |mu(a) - pi(a)|, the total variation of {a, not a} (arXiv 2602.04879, eq. 13)."""
     return jnp.abs(jnp.exp(logp_from) - jnp.exp(logp_to))
 
 
 def binary_kl(logp_from: Float[jax.Array, "*dims"], logp_to: Float[jax.Array, "*dims"]) -> Float[jax.Array, "*dims"]:
-    """Compute KL(mu || pi) over {a, not a} = mu log(mu/pi) + (1-mu) log((1-mu)/(1-pi)), nats (arXiv 2602.04879).
+    """Compute KL = mu log(mu/pi) + (1-mu) log((1-mu)/(1-pi)), nats, over {a, not a} (arXiv 2602.04879, eq. 14).
 
     Finite for every input: a probability below e^-100, or nearer to 1 than 2^-24, counts as that.
     """

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from typing import Literal
 
-from jaxtyping import Bool, Float
 from pydantic import Field
 
-from ppojax.lazy import jax, jnp
+from ppojax.lazy import Bool, Float, jax, jnp
 from ppojax.losses.divergence import binary_kl, binary_tv, log_ratio
 from ppojax.losses.policy import PolicyLoss
 from ppojax.masking import masked_max, masked_mean
@@ -20,17 +19,22 @@ class DPPO(PolicyLoss):
     """Divergence PPO: importance-weighted policy gradient without the tokens that would leave the trust region."""
 
     type: Literal["dppo"] = "dppo"
-    divergence: Literal["tv", "kl"] = Field("tv", description="total variation, or KL from the anchor to the policy")
-    support: Literal["binary"] = Field("binary", description="binary: the drawn token against all others")
+    divergence: Literal["tv", "kl"] = Field(
+        default="tv", description="total variation, or KL from the anchor to the policy"
+    )
+    support: Literal["binary"] = Field(default="binary", description="binary: the drawn token against all others")
     anchor: Literal["behavior", "old"] = Field(
-        "behavior", description="policy the divergence is measured from; old is known to collapse, for comparison only"
+        default="behavior",
+        description="policy the divergence is measured from; old is known to collapse, for comparison only",
     )
     delta_low: float | None = Field(
-        None, gt=0, description="largest divergence for A < 0; null: 0.2 for tv, 0.05 for kl; 1 or more turns tv off"
+        default=None,
+        gt=0,
+        description="largest divergence for A < 0; null: 0.2 for tv, 0.05 for kl; 1 or more turns tv off",
     )
-    delta_high: float | None = Field(None, gt=0, description="the same for A > 0")
+    delta_high: float | None = Field(default=None, gt=0, description="the same for A > 0")
     cap: float = Field(
-        5.0,
+        default=5.0,
         gt=0,
         allow_inf_nan=True,
         description="largest importance weight pi/mu; inf allowed; 3 is known to collapse",

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from typing import Literal
 
-from jaxtyping import Float
 from pydantic import Field
 
 from ppojax.component import Component
-from ppojax.lazy import jax, jnp
+from ppojax.lazy import Float, jax, jnp
 from ppojax.losses.divergence import log_ratio
 
 Estimator = Literal["k1", "k2", "k3", "k3+"]
@@ -40,12 +39,15 @@ def kl_estimate(
 class KLPenalty(Component):
     """A KL penalty to the frozen reference policy, added to a policy loss."""
 
-    coefficient: float = Field(0.0, ge=0, description="weight of the penalty; 0 leaves out the reference policy")
+    coefficient: float = Field(
+        default=0.0, ge=0, description="weight of the penalty; 0 leaves out the reference policy"
+    )
     estimator: Estimator = Field(
-        "k2", description="k2 and k3+ have the gradient of the KL; k3 is GRPO's, biased; k1 has none in expectation"
+        default="k2",
+        description="k2 and k3+ have the gradient of the KL; k3 is GRPO's, biased; k1 has none in expectation",
     )
     importance_cap: float | None = Field(
-        5.0,
+        default=5.0,
         gt=0,
         allow_inf_nan=True,
         description="the penalty is weighted by min(pi/mu, this), as the tokens were drawn from mu; "

@@ -17,7 +17,7 @@ class NLL(Component):
     """Negative log-likelihood of the action tokens, whatever their advantage: warm starts and imitation."""
 
     type: Literal["nll"] = "nll"
-    aggregation: Aggregation = Field(Aggregation(), description="how the losses of tokens are averaged")
+    aggregation: Aggregation = Field(default=Aggregation(), description="how the losses of tokens are averaged")
 
     @property
     def needs(self) -> frozenset[str]:

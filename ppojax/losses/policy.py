@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from jaxtyping import Float
 from pydantic import Field
 
 from ppojax.component import Component
-from ppojax.lazy import jax
+from ppojax.lazy import Float, jax
 from ppojax.losses.aggregate import Aggregation
 from ppojax.losses.kl import KLPenalty
 from ppojax.masking import masked_mean
@@ -16,9 +15,11 @@ from ppojax.types import Batch, LossOut, Metrics, TokenStats
 class PolicyLoss(Component):
     """The base of the policy losses. `needs` and `entropy` say what must be computed before the loss can be."""
 
-    aggregation: Aggregation = Field(Aggregation(), description="how the losses of tokens are averaged")
-    entropy_coefficient: float = Field(0.0, description="weight of the entropy bonus (full vocabulary, with gradient)")
-    kl: KLPenalty = Field(KLPenalty(), description="KL penalty to the reference policy")
+    aggregation: Aggregation = Field(default=Aggregation(), description="how the losses of tokens are averaged")
+    entropy_coefficient: float = Field(
+        default=0.0, description="weight of the entropy bonus (full vocabulary, with gradient)"
+    )
+    kl: KLPenalty = Field(default=KLPenalty(), description="KL penalty to the reference policy")
 
     @property
     def needs(self) -> frozenset[str]:

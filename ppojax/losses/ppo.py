@@ -17,10 +17,12 @@ class PPOClip(PolicyLoss):
     """PPO with clipping of the probability ratio, asymmetric if wanted, and an optional dual clip."""
 
     type: Literal["ppo"] = "ppo"
-    clip_low: float = Field(0.2, gt=0, le=1, description="the ratio is clipped below at 1 - clip_low")
-    clip_high: float = Field(0.2, gt=0, description="the ratio is clipped above at 1 + clip_high; DAPO uses 0.28")
+    clip_low: float = Field(default=0.2, gt=0, le=1, description="the ratio is clipped below at 1 - clip_low")
+    clip_high: float = Field(
+        default=0.2, gt=0, description="the ratio is clipped above at 1 + clip_high; DAPO uses 0.28"
+    )
     dual_clip: float | None = Field(
-        None, gt=1, description="largest ratio that counts for A < 0 (verl uses 3); null for no such bound"
+        default=None, gt=1, description="largest ratio that counts for A < 0 (verl uses 3); null for no such bound"
     )
 
     @property

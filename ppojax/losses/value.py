@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from typing import Literal
 
-from jaxtyping import Float
 from pydantic import Field
 
 from ppojax.component import Component
-from ppojax.lazy import jax, jnp
+from ppojax.lazy import Float, jax, jnp
 from ppojax.losses.aggregate import Aggregation
 from ppojax.masking import masked_mean
 from ppojax.types import Batch, LossOut, Metrics
@@ -19,15 +18,17 @@ class ValueLoss(Component):
 
     type: Literal["mse"] = "mse"
     clip: float | None = Field(
-        None, gt=0, description="farthest a value may move from the one the returns were made with; null for no clip"
+        default=None,
+        gt=0,
+        description="farthest a value may move from the one the returns were made with; null for no clip",
     )
-    aggregation: Aggregation = Field(Aggregation(), description="how the losses of tokens are averaged")
+    aggregation: Aggregation = Field(default=Aggregation(), description="how the losses of tokens are averaged")
 
     def __call__(self, value_MBT: Float[jax.Array, "M B T"], batch: Batch) -> LossOut:
         """Compute the loss of M critics on the action tokens of a batch, summed over the critics.
 
             loss_t = 1/2 (V - R)^2
-            loss_t = 1/2 max((V - R)^2, (clip(V, V_old - c, V_old + c) - R)^2)    with clip c (arXiv 1506.02438 code)
+            loss_t = 1/2 max((V - R)^2, (clip(V, V_old - c, V_old + c) - R)^2)   with clip c (arXiv 2005.12729, sec. 3)
 
         The weight counts tokens, not critics, so that each critic's gradient does not depend on how many there are.
         Returns and old values are stop-gradiented. Metrics are means over critics, as verl names them.

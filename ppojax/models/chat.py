@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Sequence
-from typing import Any, NoReturn
+from typing import Any, ClassVar, NoReturn
 
 from jinja2 import TemplateError, nodes
 from jinja2.exceptions import SecurityError
@@ -25,7 +25,7 @@ MAX_SECONDS = 10.0
 class _Generation(Extension):
     """`{% generation %}` marks what the model writes in training templates; here it is transparent."""
 
-    tags = frozenset({"generation"})
+    tags: ClassVar[set[str]] = {"generation"}
 
     def parse(self, parser: Parser) -> list[nodes.Node]:
         next(parser.stream)
@@ -33,7 +33,7 @@ class _Generation(Extension):
 
 
 class _Sandbox(ImmutableSandboxedEnvironment):
-    intercepted_binops = frozenset({"*", "**", "%"})
+    intercepted_binops: ClassVar[set[str]] = {"*", "**", "%"}
 
     def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:
         # Repeating a string or raising to a power is how a short template fills the memory.

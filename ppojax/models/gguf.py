@@ -43,7 +43,7 @@ class GGUFHeader(NamedTuple):
 
 class _Cursor:
     def __init__(self, path: Path, data: np.ndarray) -> None:
-        self.path, self.data, self.at = path, data, 0
+        self.path, self.data, self.at = path, data.data, 0
 
     def scalar(self, form: str) -> Any:
         value = struct.unpack_from(form, self.data, self.at)[0]

@@ -15,13 +15,13 @@ Dtype = Literal["float32", "bfloat16", "float16"]
 class FreshSpec(Component):
     """Shape of a model trained from scratch; its vocabulary is the tokenizer's."""
 
-    layers: int = Field(4, ge=1, description="number of transformer blocks")
-    width: int = Field(128, ge=1, description="model width")
-    heads: int = Field(4, ge=1, description="query heads")
-    kv_heads: int = Field(4, ge=1, description="key/value heads; divides heads")
-    ffn: int = Field(384, ge=1, description="hidden width of the MLP")
-    rope_theta: float = Field(10_000.0, gt=0, description="base of the rotary frequencies")
-    tied: bool = Field(True, description="the head is the embedding")
+    layers: int = Field(default=4, ge=1, description="number of transformer blocks")
+    width: int = Field(default=128, ge=1, description="model width")
+    heads: int = Field(default=4, ge=1, description="query heads")
+    kv_heads: int = Field(default=4, ge=1, description="key/value heads; divides heads")
+    ffn: int = Field(default=384, ge=1, description="hidden width of the MLP")
+    rope_theta: float = Field(default=10_000.0, gt=0, description="base of the rotary frequencies")
+    tied: bool = Field(default=True, description="the head is the embedding")
 
     def decoder(self, vocab: int) -> DecoderSpec:
         """Complete the shape with a vocabulary."""
@@ -42,34 +42,34 @@ class ModelConfig(Component):
     """The policy's model: pretrained (`path`) or from scratch (`fresh` and `tokenizer`)."""
 
     path: str | None = Field(
-        None,
+        default=None,
         description="smollm2 (the weights of the extra of that name), a .gguf file, a Hugging Face folder, or a hub id",
     )
-    fresh: FreshSpec | None = Field(None, description="shape of a model from scratch, instead of path")
-    tokenizer: Literal["char"] | None = Field(None, description="tokenizer of a model from scratch")
-    dtype: Dtype = Field("float32", description="compute type; master weights are float32")
-    remat: bool = Field(True, description="recompute each block in the backward pass instead of keeping it")
+    fresh: FreshSpec | None = Field(default=None, description="shape of a model from scratch, instead of path")
+    tokenizer: Literal["char"] | None = Field(default=None, description="tokenizer of a model from scratch")
+    dtype: Dtype = Field(default="float32", description="compute type; master weights are float32")
+    remat: bool = Field(default=True, description="recompute each block in the backward pass instead of keeping it")
 
 
 class CutCritic(Component):
     """A critic cut from the actor: its embeddings and first blocks, and a new head."""
 
-    type: Literal["cut"] = Field("cut", description="cut from the actor")
-    layers: int = Field(6, ge=1, description="blocks taken from the actor's bottom")
+    type: Literal["cut"] = Field(default="cut", description="cut from the actor")
+    layers: int = Field(default=6, ge=1, description="blocks taken from the actor's bottom")
 
 
 class PretrainedCritic(Component):
     """A critic that starts from another checkpoint with the actor's tokenizer."""
 
-    type: Literal["pretrained"] = Field("pretrained", description="from a checkpoint")
+    type: Literal["pretrained"] = Field(default="pretrained", description="from a checkpoint")
     path: str = Field(description="as model.path")
 
 
 class FreshCritic(Component):
     """A critic from scratch, with the actor's tokenizer."""
 
-    type: Literal["fresh"] = Field("fresh", description="from scratch")
-    shape: FreshSpec = Field(FreshSpec(), description="its shape")
+    type: Literal["fresh"] = Field(default="fresh", description="from scratch")
+    shape: FreshSpec = Field(default=FreshSpec(), description="its shape")
 
 
 CriticModelConfig = Annotated[CutCritic | PretrainedCritic | FreshCritic, Field(discriminator="type")]

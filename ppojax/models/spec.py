@@ -17,9 +17,9 @@ class DecoderSpec(Component):
     head_width: int = Field(ge=2, description="width of one head; even, for rotary positions")
     ffn: int = Field(ge=1, description="hidden width of the MLP")
     vocab: int = Field(ge=2, description="rows of the embedding")
-    rope_theta: float = Field(10_000.0, gt=0, description="base of the rotary frequencies")
-    norm_eps: float = Field(1e-5, gt=0, description="epsilon inside RMSNorm")
-    tied: bool = Field(True, description="the head is the embedding")
+    rope_theta: float = Field(default=10_000.0, gt=0, description="base of the rotary frequencies")
+    norm_eps: float = Field(default=1e-5, gt=0, description="epsilon inside RMSNorm")
+    tied: bool = Field(default=True, description="the head is the embedding")
 
     @model_validator(mode="after")
     def _consistent(self) -> DecoderSpec:

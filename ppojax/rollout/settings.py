@@ -10,12 +10,12 @@ from ppojax.component import Component
 class RolloutConfig(Component):
     """How many episodes a step samples, and the limits of each."""
 
-    prompts: int = Field(8, ge=1, description="tasks a step")
-    group_size: int = Field(4, ge=1, description="episodes a task")
-    max_turn_tokens: int = Field(64, ge=1, description="tokens of one assistant turn, at most")
-    max_tokens: int = Field(512, ge=8, description="tokens of a row (prompt, turns and observations), at most")
-    temperature: float = Field(1.0, gt=0, description="sampling temperature; also divides the trainer's logits")
-    bucket: int = Field(64, ge=1, description="row lengths are padded up to a multiple of this")
+    prompts: int = Field(default=8, ge=1, description="tasks a step")
+    group_size: int = Field(default=4, ge=1, description="episodes a task")
+    max_turn_tokens: int = Field(default=64, ge=1, description="tokens of one assistant turn, at most")
+    max_tokens: int = Field(default=512, ge=8, description="tokens of a row (prompt, turns and observations), at most")
+    temperature: float = Field(default=1.0, gt=0, description="sampling temperature; also divides the trainer's logits")
+    bucket: int = Field(default=64, ge=1, description="row lengths are padded up to a multiple of this")
 
     @property
     def rows(self) -> int:

@@ -15,15 +15,17 @@ from ppojax.models.settings import CriticModelConfig, CutCritic
 class OptimizerConfig(Component):
     """AdamW with clipping by global norm, a linear warm-up and a schedule after it."""
 
-    learning_rate: float = Field(1e-6, gt=0, description="peak learning rate")
-    warmup_steps: int = Field(0, ge=0, description="optimizer steps of linear warm-up")
-    schedule: Literal["constant", "cosine", "linear"] = Field("constant", description="what follows the warm-up")
-    decay_steps: int = Field(0, ge=0, description="optimizer steps of the decay, for cosine and linear")
-    beta1: float = Field(0.9, ge=0, lt=1, description="decay of the first moment")
-    beta2: float = Field(0.95, ge=0, lt=1, description="decay of the second moment")
-    eps: float = Field(1e-8, gt=0, description="added to the root of the second moment")
-    weight_decay: float = Field(0.0, ge=0, description="decoupled weight decay")
-    max_grad_norm: float = Field(1.0, gt=0, description="global norm to which gradients are clipped")
+    learning_rate: float = Field(default=1e-6, gt=0, description="peak learning rate")
+    warmup_steps: int = Field(default=0, ge=0, description="optimizer steps of linear warm-up")
+    schedule: Literal["constant", "cosine", "linear"] = Field(
+        default="constant", description="what follows the warm-up"
+    )
+    decay_steps: int = Field(default=0, ge=0, description="optimizer steps of the decay, for cosine and linear")
+    beta1: float = Field(default=0.9, ge=0, lt=1, description="decay of the first moment")
+    beta2: float = Field(default=0.95, ge=0, lt=1, description="decay of the second moment")
+    eps: float = Field(default=1e-8, gt=0, description="added to the root of the second moment")
+    weight_decay: float = Field(default=0.0, ge=0, description="decoupled weight decay")
+    max_grad_norm: float = Field(default=1.0, gt=0, description="global norm to which gradients are clipped")
 
     def learning_rate_at(self, step: int | jnp.ndarray) -> float | jnp.ndarray:
         """Evaluate the schedule at an optimizer step."""
@@ -56,19 +58,23 @@ class OptimizerConfig(Component):
 class ActorConfig(Component):
     """The policy's update."""
 
-    optimizer: OptimizerConfig = Field(OptimizerConfig(), description="the policy's optimizer")
+    optimizer: OptimizerConfig = Field(default=OptimizerConfig(), description="the policy's optimizer")
 
 
 class CriticConfig(Component):
     """The critics and their update; built only when the advantage estimator needs values."""
 
-    model: CriticModelConfig = Field(CutCritic(), description="where the critic comes from")
-    optimizer: OptimizerConfig = Field(OptimizerConfig(learning_rate=1e-5), description="the critic's optimizer")
-    head_lr_multiplier: float = Field(1.0, gt=0, description="learning rate of the new head, times the trunk's")
-    loss: ValueLoss = Field(ValueLoss(), description="regression of the values on the returns")
-    updates: int = Field(1, ge=1, description="passes of the critic over the step's rows for each pass of the actor")
-    warmup_steps: int = Field(0, ge=0, description="training steps in which only the critic learns")
-    count: Literal[1] = Field(1, description="critics in the ensemble")
+    model: CriticModelConfig = Field(default=CutCritic(), description="where the critic comes from")
+    optimizer: OptimizerConfig = Field(
+        default=OptimizerConfig(learning_rate=1e-5), description="the critic's optimizer"
+    )
+    head_lr_multiplier: float = Field(default=1.0, gt=0, description="learning rate of the new head, times the trunk's")
+    loss: ValueLoss = Field(default=ValueLoss(), description="regression of the values on the returns")
+    updates: int = Field(
+        default=1, ge=1, description="passes of the critic over the step's rows for each pass of the actor"
+    )
+    warmup_steps: int = Field(default=0, ge=0, description="training steps in which only the critic learns")
+    count: Literal[1] = Field(default=1, description="critics in the ensemble")
 
     def build_optimizer(self) -> optax.GradientTransformation:
         """The optimizer, with its own learning rate for the value head, which starts from nothing."""
@@ -79,19 +85,24 @@ class CriticConfig(Component):
 class UpdateConfig(Component):
     """How a step's rows become optimizer steps."""
 
-    epochs: int = Field(1, ge=1, description="passes over the step's rows")
-    minibatches: int = Field(1, ge=1, description="optimizer steps a pass")
-    microbatch_rows: int = Field(8, ge=1, description="rows of one forward and backward pass")
+    epochs: int = Field(default=1, ge=1, description="passes over the step's rows")
+    minibatches: int = Field(default=1, ge=1, description="optimizer steps a pass")
+    microbatch_rows: int = Field(default=8, ge=1, description="rows of one forward and backward pass")
     shared_prefix: bool = Field(
-        True, description="read the prompt that a group's rows share once; minibatches then keep groups together"
+        default=True,
+        description="read the prompt that a group's rows share once; minibatches then keep groups together",
     )
-    max_skipped: int = Field(5, ge=1, description="non-finite updates in a row after which the run stops (exit 4)")
+    max_skipped: int = Field(
+        default=5, ge=1, description="non-finite updates in a row after which the run stops (exit 4)"
+    )
 
 
 class WarmStartConfig(Component):
     """Supervised steps on the environment's own demonstrations before reinforcement learning."""
 
-    steps: int = Field(200, ge=1, description="optimizer steps")
-    rows: int = Field(64, ge=1, description="demonstrations a step")
-    optimizer: OptimizerConfig = Field(OptimizerConfig(learning_rate=1e-3), description="optimizer of these steps")
-    corrupt: float = Field(0.0, ge=0, le=1, description="share of demonstrations made wrong")
+    steps: int = Field(default=200, ge=1, description="optimizer steps")
+    rows: int = Field(default=64, ge=1, description="demonstrations a step")
+    optimizer: OptimizerConfig = Field(
+        default=OptimizerConfig(learning_rate=1e-3), description="optimizer of these steps"
+    )
+    corrupt: float = Field(default=0.0, ge=0, le=1, description="share of demonstrations made wrong")
