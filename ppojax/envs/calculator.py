@@ -51,10 +51,12 @@ class Calculator(Component):
     max_turns: int = Field(default=2, ge=1, description="turns an episode may take; the last one terminates it")
     train_size: int = Field(default=65_536, ge=1, description="number of training tasks")
     eval_size: int = Field(default=256, ge=1, description="number of evaluation tasks")
-    system: str = Field(default="Use the calculator.", description="system message; empty for none")
+    system: str = Field("Use calc tags.", description="system message; empty for none")
     prompt: str = Field(
-        default="Example: 5+7 is <calc>5+7</calc>\nWhat is {question}?",
-        description="user message; {question} becomes the two numbers and their operator",
+        "Add {question}.", description="user message; {question} becomes the two numbers and their operator"
+    )
+    example: tuple[int, int] | None = Field(
+        (23, 45), description="operands of one call shown as a turn before the question; these are never asked"
     )
 
     @model_validator(mode="after")
@@ -112,7 +114,7 @@ class CalculatorTasks(Sequence[Task]):
         rng = random.Random(name)
         while True:
             a, b = (rng.randint(self._config.low, self._config.high) for _ in range(2))
-            if _split(a, b) == self._split:
+            if _split(a, b) == self._split and self._config.example not in ((a, b), (b, a)):
                 return Task(name, {"a": a, "b": b, "operator": rng.choice(self._config.operators)})
 
 
@@ -129,12 +131,11 @@ class CalculatorEnv:
         self._info: dict[str, Any] = {}
 
     def reset(self, task: Task) -> Reset:
-        """Ask the question, with one example of a call."""
+        """Ask the question, after one example of a call."""
         self._task, self._turns = task, 0
         self._info = {"success": False, "call_ok": False, "answer_ok": False, "malformed": 0, "wrong": 0}
         system = [{"role": "system", "content": self._config.system}] if self._config.system else []
-        user = {"role": "user", "content": self._config.prompt.replace("{question}", question(task))}
-        return Reset([*system, user])
+        return Reset([*system, *self._example(), self._ask(task)])
 
     def step(self, message: dict[str, Any]) -> Step:
         """Run the call in the message, or grade the message as the answer."""
@@ -149,6 +150,16 @@ class CalculatorEnv:
 
     def close(self) -> None:
         """Hold nothing."""
+
+    def _ask(self, task: Task) -> dict[str, Any]:
+        return {"role": "user", "content": self._config.prompt.replace("{question}", question(task))}
+
+    def _example(self) -> Messages:
+        if self._config.example is None:
+            return []
+        a, b = self._config.example
+        shown = Task("example", {"a": a, "b": b, "operator": self._config.operators[0]})
+        return [self._ask(shown), {"role": "assistant", "content": f"{OPEN}{question(shown)}{CLOSE}"}]
 
     def _call(self, task: Task, text: str) -> Step:
         reward, observation, right = 0.0, _ERROR, False

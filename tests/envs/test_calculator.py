@@ -165,7 +165,7 @@ def test_the_call_is_rewarded_once_and_may_be_corrected():
 def test_a_subtraction_must_keep_its_order():
     task = Task("t", {"a": 12, "b": -45, "operator": "-"})
     config = Calculator(operators=("-",), low=-99)
-    assert config.make().reset(task).messages[-1]["content"].endswith("12-(-45)?")
+    assert config.make().reset(task).messages[-1]["content"].endswith("12-(-45).")
     assert play(config, "<calc>12-(-45)</calc>", task=task)[0].reward == 0.5
     assert play(config, "<calc>12--45</calc>", task=task)[0].reward == 0.5
     assert play(config, "<calc>-45-12</calc>", task=task)[0].reward == 0.0
@@ -260,3 +260,17 @@ def test_settings_are_hashable_and_import_no_jax():
     assert hash(Calculator()) == hash(Calculator())
     code = "import ppojax.envs, sys; sys.exit('jax' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_the_prompt_shows_one_call_that_is_never_asked():
+    config = Calculator(low=23, high=50, example=(23, 45))
+    *shown, asked = config.make().reset(TASK).messages
+    assert shown == [
+        {"role": "system", "content": config.system},
+        {"role": "user", "content": config.prompt.replace("{question}", "23+45")},
+        {"role": "assistant", "content": "<calc>23+45</calc>"},
+    ]
+    assert asked == {"role": "user", "content": config.prompt.replace("{question}", "12+45")}
+    for split in ("train", "eval"):
+        assert not any({t.data["a"], t.data["b"]} == {23, 45} for t in config.tasks(split, 0)[:3000])
+    assert len(Calculator(example=None, system="").make().reset(TASK).messages) == 1
