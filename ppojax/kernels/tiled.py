@@ -8,7 +8,7 @@ so one backward sweep serves both statistics, and beyond its inputs it needs the
 row, N numbers each. A tile's logits are recomputed there: a fourth product beside the three of the naive way. Only
 when all the logits fit in `KEEP_BYTES` is there a single tile, and it is kept instead.
 
-Peak temporary memory, besides the head's gradient in float32 (twice): a few times TILE_BYTES, or KEEP_BYTES.
+Peak temporary memory, besides the head's gradient in float32 (twice): a few tiles, or a few times the kept logits.
 """
 
 from __future__ import annotations

@@ -10,7 +10,7 @@ from ppojax.component import Component
 from ppojax.lazy import jax
 from ppojax.losses.aggregate import Aggregation
 from ppojax.masking import masked_mean
-from ppojax.types import Batch, LossOut, TokenStats
+from ppojax.types import Batch, LossOut, Metrics, TokenStats
 
 
 class NLL(Component):
@@ -33,5 +33,5 @@ class NLL(Component):
         """Compute loss_t = -log pi(y_t) over the action tokens, in nats. `actor/nll_loss` is its mean over tokens."""
         action_BT = batch.experience.action_BT
         total = self.aggregation(-stats.logp, action_BT)
-        metrics = {"actor/nll_loss": masked_mean(-stats.logp, action_BT)}
+        metrics: Metrics = {"actor/nll_loss": masked_mean(-stats.logp, action_BT)}
         return LossOut(total.sum, total.weight, jax.lax.stop_gradient(metrics))

@@ -10,7 +10,7 @@ from ppojax.lazy import jax, jnp
 from ppojax.losses.divergence import log_ratio
 from ppojax.losses.policy import PolicyLoss
 from ppojax.masking import masked_mean
-from ppojax.types import Batch, LossOut, TokenStats
+from ppojax.types import Batch, LossOut, Metrics, TokenStats
 
 
 class PPOClip(PolicyLoss):
@@ -49,7 +49,7 @@ class PPOClip(PolicyLoss):
         plain_BT = -advantage_BT * ratio_BT
         clipped_BT = -advantage_BT * jnp.clip(ratio_BT, 1.0 - self.clip_low, 1.0 + self.clip_high)
         policy_BT = jnp.maximum(plain_BT, clipped_BT)
-        metrics = {
+        metrics: Metrics = {
             "actor/pg_clipfrac": masked_mean((clipped_BT > plain_BT).astype(jnp.float32), action_BT),
             "actor/ppo_kl": masked_mean(logp_old_BT - stats.logp, action_BT),
         }

@@ -1,0 +1,75 @@
+"""Group advantages, by hand."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from small_batch import experience_of
+
+from ppojax.advantages import Group
+
+
+def rows(returns, group, valid=None, **kwargs):
+    """Rows of two action tokens around an observation; the return is split over both."""
+    reward = [[0.25 * r, 0, 0.75 * r, 0] for r in returns]
+    return experience_of([[1, 0, 1, 0]] * len(returns), reward=reward, group=group, valid=valid, **kwargs)
+
+
+def per_row(out) -> np.ndarray:
+    np.testing.assert_array_equal(out.advantage_BT[:, [1, 3]], 0)
+    np.testing.assert_array_equal(out.advantage_BT[:, 0], out.advantage_BT[:, 2])
+    assert out.return_MBT is None
+    return np.asarray(out.advantage_BT[:, 0])
+
+
+@pytest.mark.parametrize(
+    ("baseline", "scale", "expected"),
+    [
+        # Group 7: returns 0, 1, 0.5 (mean 0.5, deviation 0.5). Group 3: 1, 0 (mean 0.5, deviation sqrt(0.5)).
+        ("mean", "none", [-0.5, 0.5, 0.5, 0, -0.5]),
+        ("mean", "std", [-1, 0.5 / np.sqrt(0.5), 1, 0, -0.5 / np.sqrt(0.5)]),
+        ("leave_one_out", "none", [-0.75, 1, 0.75, 0, -1]),
+        ("leave_one_out", "std", [-1.5, 1 / np.sqrt(0.5), 1.5, 0, -1 / np.sqrt(0.5)]),
+    ],
+)
+def test_ragged_groups(baseline, scale, expected):
+    e = rows([0, 1, 1, 0.5, 0], [7, 3, 7, 7, 3])
+    out = jax.jit(Group(baseline=baseline, scale=scale).__call__)(e)
+    # epsilon = 1e-6 beside deviations above 0.5
+    np.testing.assert_allclose(per_row(out), expected, rtol=3e-6, atol=1e-7)
+
+
+@pytest.mark.parametrize("baseline", ["mean", "leave_one_out"])
+@pytest.mark.parametrize("scale", ["std", "none"])
+@pytest.mark.parametrize("common", [0.0, 0.1, 1 / 3, 1e6])
+def test_equal_returns_give_exactly_zero(baseline, scale, common):
+    """Three times 0.1 has a float32 mean that is not 0.1; nothing of that may be scaled up."""
+    out = Group(baseline=baseline, scale=scale, epsilon=0.0)(rows([common] * 3 + [0.5], [1, 1, 1, 2]))
+    np.testing.assert_array_equal(per_row(out), 0)
+
+
+def test_failed_rows_leave_the_statistics():
+    """A failed row has no action tokens, and its rewards, here NaN and 100, count for nothing."""
+    e = rows([0, 1, 100, 1, np.nan], [0, 0, 0, 5, 5], valid=[True, True, False, True, False])
+    e = e._replace(action_BT=e.action_BT & e.valid_B[:, None])
+    out = Group(scale="none")(e)
+    np.testing.assert_allclose(per_row(out), [-0.5, 0.5, 0, 0, 0], rtol=1e-6)
+
+
+def test_group_ids_may_be_any_integers():
+    small = Group()(rows([0, 1, 0, 3], [0, 0, 1, 1]))
+    large = Group()(rows([0, 1, 0, 3], [2_000_000_000, 2_000_000_000, -4, -4]))
+    np.testing.assert_array_equal(small.advantage_BT, large.advantage_BT)
+
+
+def test_fractional_rewards_survive():
+    out = Group(scale="none")(rows([0.0, 0.0625], [0, 0]))
+    assert out.advantage_BT.dtype == jnp.float32
+    np.testing.assert_array_equal(per_row(out), np.float32([-0.03125, 0.03125]))
+
+
+def test_all_rows_failed():
+    e = rows([1, 2], [0, 0], valid=[False, False])
+    np.testing.assert_array_equal(per_row(Group()(e)), 0)

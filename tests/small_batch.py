@@ -1,0 +1,74 @@
+"""Experience and batches written out by hand, a few rows of a few tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from ppojax.types import Batch, Ending, Experience
+
+
+def experience_of(
+    action: Any,
+    *,
+    reward: Any = None,
+    length: Sequence[int] | None = None,
+    ending: Sequence[Ending] | None = None,
+    valid: Sequence[bool] | None = None,
+    group: Sequence[int] | None = None,
+    value: Any = None,
+    behavior: Any = None,
+    old: Any = None,
+    ref: Any = None,
+) -> Experience:
+    """Rows with `action[b][t]` and what else is given; rewards and log-probabilities are 0 where they are not."""
+    action_BT = np.asarray(action, bool)
+    B, T = action_BT.shape
+
+    def per_row(x: Any, default: int) -> jax.Array:
+        return jnp.asarray(np.full(B, default) if x is None else np.asarray(x), jnp.int32)
+
+    def per_token(x: Any) -> jax.Array:
+        return jnp.asarray(np.zeros((B, T)) if x is None else np.asarray(x), jnp.float32)
+
+    index_BA = np.zeros((B, T), np.int32)
+    for b in range(B):
+        places = np.flatnonzero(action_BT[b])
+        index_BA[b, : len(places)] = places
+    return Experience(
+        token_BT=jnp.zeros((B, T), jnp.int32),
+        length_B=per_row(length, T - 1),
+        prefix_B=per_row(None, 0),
+        action_BT=jnp.asarray(action_BT),
+        action_index_BA=jnp.asarray(index_BA),
+        logp_behavior_BT=per_token(behavior),
+        reward_BT=per_token(reward),
+        ending_B=per_row(ending, Ending.TERMINATED),
+        valid_B=jnp.asarray(np.ones(B) if valid is None else np.asarray(valid), bool),
+        group_B=per_row(group, 0),
+        episode_B=jnp.arange(B, dtype=jnp.int32),
+        segment_B=per_row(None, 0),
+        logp_old_BT=None if old is None else per_token(old),
+        logp_ref_BT=None if ref is None else per_token(ref),
+        value_MBT=None if value is None else jnp.asarray(np.asarray(value), jnp.float32),
+    )
+
+
+def token_row(advantage: Sequence[float], **logp: Any) -> Batch:
+    """One row of tokens, all of them actions, with their advantages and `behavior`, `old`, `ref` log-probabilities."""
+    experience = experience_of([[True] * len(advantage)], **{name: [list(x)] for name, x in logp.items()})
+    return Batch(experience, jnp.asarray([list(advantage)], jnp.float32))
+
+
+def rows_of(batch: Batch, start: int, stop: int) -> Batch:
+    """Rows start..stop of a batch, as a microbatch takes them."""
+    part = jax.tree.map(lambda x: x[start:stop], batch._replace(return_MBT=None))
+    experience = part.experience
+    if batch.experience.value_MBT is not None:
+        experience = experience._replace(value_MBT=batch.experience.value_MBT[:, start:stop])
+    targets = None if batch.return_MBT is None else batch.return_MBT[:, start:stop]
+    return Batch(experience, part.advantage_BT, targets)
