@@ -39,7 +39,7 @@ def random_experience(
 ) -> tuple[Experience, Layout]:
     """Packed random rows, with their layout (plain unless `share`)."""
     rows = random_rows(prompts, group, seed)
-    layout = layout_of(rows, group=group if share else 1, bucket=4)
+    layout = layout_of(rows, group=group if share else 1, prompt_bucket=4)
     built = (mesh or MeshConfig()).build()
     return pack(rows, batch=len(rows), bucket=4, actions=16, mesh=built, layout=layout), layout
 

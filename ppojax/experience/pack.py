@@ -13,7 +13,7 @@ from ppojax.types import Ending, Experience, Layout, Row
 PLAIN = Layout()
 
 
-def layout_of(rows: Sequence[Row], *, group: int, bucket: int) -> Layout:
+def layout_of(rows: Sequence[Row], *, group: int, prompt_bucket: int) -> Layout:
     """Find out what a model call may share: the prompt, where each `group` consecutive rows start with the same one."""
     whole = len(rows) % group == 0
     prefix = [int(row.action.argmax()) for row in rows]
@@ -23,7 +23,7 @@ def layout_of(rows: Sequence[Row], *, group: int, bucket: int) -> Layout:
         whole &= all(prefix[i] == n and np.array_equal(rows[i].token[:n], rows[first].token[:n]) for i in members)
     if group == 1 or not whole:
         return Layout()
-    return Layout(group, _round_up(max(prefix), bucket))
+    return Layout(group, _round_up(max(prefix), prompt_bucket))
 
 
 def pack(
@@ -34,8 +34,8 @@ def pack(
     Args:
         rows: at most `batch` of them.
         batch: rows of the result.
-        bucket: lengths (of the prefix, and of the rest) are multiples of this; the rest has room for one more token
-            than the longest row.
+        bucket: what follows a shared prefix (or the whole row, where nothing is shared) is padded to a multiple of
+            this, with room for one more token than the longest row has.
         actions: action positions kept of each row, at least those of the fullest one.
         mesh: where the arrays go.
         layout: what the rows share.

@@ -124,7 +124,7 @@ class Collector:
             observations = self._step(episodes, jax.device_get(turn))
             turns += 1
             if any(observations):
-                token_BT, count_B = pad_tokens(observations, min(self.bucket, 16), self.sampler.slots)
+                token_BT, count_B = pad_tokens(observations, self.bucket, self.sampler.slots)
                 slots = extend(params, slots, token_BT, count_B, sampler=self.sampler)
         for episode in episodes:
             episode.env.close()

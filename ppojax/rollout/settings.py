@@ -15,7 +15,8 @@ class RolloutConfig(Component):
     max_turn_tokens: int = Field(default=64, ge=1, description="tokens of one assistant turn, at most")
     max_tokens: int = Field(default=512, ge=8, description="tokens of a row (prompt, turns and observations), at most")
     temperature: float = Field(default=1.0, gt=0, description="sampling temperature; also divides the trainer's logits")
-    bucket: int = Field(default=64, ge=1, description="row lengths are padded up to a multiple of this")
+    prompt_bucket: int = Field(default=16, ge=1, description="prompt lengths are padded up to a multiple of this")
+    bucket: int = Field(default=64, ge=1, description="lengths of what follows a prompt, likewise")
 
     @property
     def rows(self) -> int:

@@ -87,7 +87,7 @@ def make_collector(config: Config, model: ModelDef, tokenizer: Tokenizer, mesh: 
     table = stop_table(tokenizer.token_bytes(), config.env.stop, tokenizer.eos_ids)
     unused = np.repeat(np.arange(len(table), dtype=np.int32)[:, None], model.spec.vocab - table.shape[1], axis=1)
     stop_SV = jax.device_put(np.concatenate([table, unused], axis=1), replicated(mesh))
-    return Collector(config.env, tokenizer, sampler, stop_SV, rollout.group_size, bucket=min(rollout.bucket, 16))
+    return Collector(config.env, tokenizer, sampler, stop_SV, rollout.group_size, rollout.prompt_bucket)
 
 
 def greedy(collector: Collector) -> Collector:

@@ -83,12 +83,15 @@ class Trainer:
 
         with self._timed("gen"):
             rollout = parts.collector(states.actor.params, next(self.stream), key)
-        bucket = config.rollout.bucket
         group = config.rollout.group_size if config.update.shared_prefix else 1
-        layout = layout_of(rollout.rows, group=group, bucket=bucket)
-        actions = config.env.max_turns * config.rollout.max_turn_tokens
+        layout = layout_of(rollout.rows, group=group, prompt_bucket=config.rollout.prompt_bucket)
         experience = pack(
-            rollout.rows, batch=config.rollout.rows, bucket=bucket, actions=actions, mesh=parts.mesh, layout=layout
+            rollout.rows,
+            batch=config.rollout.rows,
+            bucket=config.rollout.bucket,
+            actions=config.env.max_turns * config.rollout.max_turn_tokens,
+            mesh=parts.mesh,
+            layout=layout,
         )
         with self._timed("values"):
             experience = jax.block_until_ready(
