@@ -11,9 +11,9 @@ def masked_mean(x: Float[jax.Array, ...], mask: Bool[jax.Array, ...]) -> Mean:
     return Mean(jnp.sum(jnp.where(mask, x, 0.0)), jnp.sum(mask, dtype=jnp.float32))
 
 
-def masked_max(x: Float[jax.Array, ...], mask: Bool[jax.Array, ...]) -> Max:
-    """Take the largest x where mask holds, and 0 where it holds nowhere."""
-    return Max(jnp.max(jnp.where(mask, x, -jnp.inf), initial=-jnp.inf, where=mask))
+def masked_max(x: Float[jax.Array, "..."], mask: Bool[jax.Array, "..."]) -> Max:
+    """Take the largest x where mask holds; minus infinity where it holds nowhere, until `finish` makes it 0."""
+    return Max(jnp.max(jnp.where(mask, x, -jnp.inf), initial=-jnp.inf))
 
 
 def reduce_parts(stacked: Metrics) -> Metrics:
@@ -30,6 +30,6 @@ def finish(metrics: Metrics) -> dict[str, jax.Array]:
     def value(m: Mean | Max) -> jax.Array:
         if isinstance(m, Max):
             return jnp.where(jnp.isfinite(m.value), m.value, 0.0)
-        return m.sum / jnp.maximum(m.weight, 1e-9) * (m.weight > 0)
+        return jnp.where(m.weight > 0, m.sum / jnp.maximum(m.weight, 1e-9), 0.0)
 
     return {name: value(m) for name, m in metrics.items()}
