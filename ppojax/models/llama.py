@@ -85,8 +85,7 @@ def assemble(
 
     def read(name: str) -> np.ndarray:
         weight = fetch(name)
-        # A sum is non-finite when a term is, and sums of weights do not overflow float64.
-        if not np.isfinite(weight.sum(dtype=np.float64)):
+        if not np.isfinite(weight).all():
             raise DataError(f"{where}: tensor {name} holds NaN or infinite values; download it again")
         return weight
 
