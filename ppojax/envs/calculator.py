@@ -53,7 +53,7 @@ class Calculator(Component):
     eval_size: int = Field(default=256, ge=1, description="number of evaluation tasks")
     system: str = Field("Use calc tags.", description="system message; empty for none")
     prompt: str = Field(
-        "Add {question}.", description="user message; {question} becomes the two numbers and their operator"
+        "{question}=?", description="user message; {question} becomes the two numbers and their operator"
     )
     example: tuple[int, int] | None = Field(
         (23, 45), description="operands of one call shown as a turn before the question; these are never asked"

@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import AddedToken, decoders, models, pre_tokenizers
 
+from ppojax.envs import Calculator
 from ppojax.errors import DataError
 from ppojax.models.chat import MAX_TEMPLATE_CHARS, ChatTemplate
 from ppojax.models.smollm2 import find_smollm2
@@ -231,3 +232,9 @@ def test_errors_of_folders(tmp_path):
 def test_tokenizers_import_no_jax():
     code = "import ppojax.models.tokenizer, ppojax.models.smollm2, sys; sys.exit('jax' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_the_calculator_fits_smollm2(smollm2):
+    config = Calculator()
+    prompts = [smollm2.render(config.make().reset(task).messages) for task in config.tasks("eval", 0)[:32]]
+    assert {len(ids) for ids in prompts} == {54}
