@@ -40,7 +40,7 @@ def apply_gradients(
     state: TrainState, grads: Params, optimizer: optax.GradientTransformation, shardings: TrainState
 ) -> tuple[TrainState, Metrics]:
     """Take one optimizer step; leave parameters, moments and schedule untouched if a gradient is not finite."""
-    norm = optax.global_norm(grads)
+    norm = optax.tree.norm(grads)
     finite = jnp.isfinite(norm)
     updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
     params = optax.apply_updates(state.params, updates)
