@@ -38,6 +38,7 @@ LATE_IMPORTS = {
     ("models/load.py", "huggingface_hub"),
     ("models/gguf.py", "gguf"),
     ("train.py", "ppojax.trainer.session"),
+    ("evaluate.py", "ppojax.trainer.held_out"),
 }
 BROAD_EXCEPTS = {"rollout/collect.py"}  # an environment is the user's code
 PROBES = {"lazy.py"}  # a proxy of a module
@@ -165,7 +166,7 @@ def test_environments_never_reach_jax() -> None:
         assert numerical_imports(module) == []
 
 
-@pytest.mark.parametrize("module", ["ppojax.config", "ppojax.cli", "ppojax.train"])
+@pytest.mark.parametrize("module", ["ppojax.config", "ppojax.cli", "ppojax.train", "ppojax.evaluate"])
 def test_a_config_is_read_without_jax(module: str) -> None:
     assert numerical_imports(module) == []
 

@@ -1,0 +1,61 @@
+"""The policy of a checkpoint on held-out tasks."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import jax
+
+from ppojax.config import Config
+from ppojax.envs import Task
+from ppojax.errors import DataError
+from ppojax.runtime.checkpoint import Checkpoints
+from ppojax.runtime.rundir import RunDir
+from ppojax.trainer.build import EVALUATE
+from ppojax.trainer.evaluation import evaluate_greedy, evaluate_samples
+from ppojax.trainer.trainer import Trainer
+from ppojax.update.state import abstract_state
+
+
+def evaluate_run(
+    config: Config, run: RunDir, tasks: Sequence[Task], *, checkpoint: int | None, samples: int, seed: int
+) -> tuple[int, dict[str, float]]:
+    """Restore a checkpoint of a run, the newest intact one for None, and play `tasks` greedily and by sampling.
+
+    Nothing in the run is written, so a run that goes on can be evaluated.
+
+    Returns:
+        The step of the checkpoint, and the metrics of `evaluate_greedy` and `evaluate_samples`.
+
+    Raises:
+        DataError: there is no such checkpoint, or it is damaged.
+    """
+    with Checkpoints(run.checkpoints, config.checkpoint) as checkpoints:
+        _check_there(run, checkpoints.latest(), checkpoint)
+        trainer = Trainer(config)
+        state, position = checkpoints.restore(checkpoint, abstract_state(trainer.state()))
+    trainer.restore(state, position)
+    collector, params = trainer.parts.collector, trainer.states.actor.params
+    key = jax.random.fold_in(jax.random.key(seed), EVALUATE)
+    metrics, _ = evaluate_greedy(collector, params, tasks, config.rollout.rows, key)
+    rows = _rows(config, samples)
+    return trainer.number, metrics | evaluate_samples(collector, params, tasks, rows, key, samples)
+
+
+def _check_there(run: RunDir, latest: int | None, wanted: int | None) -> None:
+    if latest is None:
+        raise DataError(
+            f"{run.checkpoints}: the run has no checkpoint; one is written when it ends, or earlier with "
+            "checkpoint.every"
+        )
+    if wanted is not None and not (run.checkpoints / str(wanted)).is_dir():
+        raise DataError(
+            f"checkpoint={wanted}: {run.checkpoints} has none of that step; the newest is {latest}, checkpoint=latest"
+        )
+
+
+def _rows(config: Config, samples: int) -> int:
+    """Rows to play at a time: about as many as a training step does, whole tasks, even over the devices."""
+    unit = math.lcm(samples, config.mesh.row_shards)
+    return max(config.rollout.rows // unit, 1) * unit
