@@ -2,23 +2,31 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from helpers import ACTOR, CRITIC, params, random_experience
 
-from ppojax.models.forward import Params, head_VD, hidden_states, positions, score_tokens, values
+from ppojax.models import forward
+from ppojax.models.forward import Params, head_VD, hidden_states, positions
 from ppojax.types import Experience, Layout
 
+# Eager scans and checkpoints are several times slower than compiling these once a shape.
+score_tokens = jax.jit(forward.score_tokens, static_argnames=("model", "layout", "temperature", "entropy"))
+values = jax.jit(forward.values, static_argnames=("model", "layout"))
 
-def direct_logp(p: Params, experience: Experience, temperature: float) -> np.ndarray:
+
+@partial(jax.jit, static_argnames=("temperature",))
+def direct_logp(p: Params, experience: Experience, temperature: float) -> jax.Array:
     """The definition, over the whole [B, T, V]."""
     token_BT = experience.token_BT
     hidden_BTD, _ = hidden_states(ACTOR, p, token_BT, positions(token_BT))
     logp_BTV = jax.nn.log_softmax(hidden_BTD @ head_VD(p).T / temperature, axis=-1)
     picked = jnp.take_along_axis(logp_BTV[:, :-1], token_BT[:, 1:, None], axis=-1)[..., 0]
-    return np.where(experience.action_BT, np.pad(picked, ((0, 0), (1, 0))), 0.0)
+    return jnp.where(experience.action_BT, jnp.pad(picked, ((0, 0), (1, 0))), 0.0)
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.6])
@@ -58,6 +66,8 @@ def test_shared_prefix_gives_the_values_and_gradients_of_separate_rows(kind: str
     weight = jax.random.normal(jax.random.key(3), experience.reward_BT.shape)
     model = ACTOR if kind == "actor" else CRITIC
 
+    @partial(jax.jit, static_argnames=("how",))
+    @partial(jax.value_and_grad, has_aux=True)
     def scalar(p: Params, how: Layout) -> tuple[jax.Array, jax.Array]:
         if kind == "actor":
             out = score_tokens(model, p, experience, how, temperature=1.0).logp
@@ -65,8 +75,8 @@ def test_shared_prefix_gives_the_values_and_gradients_of_separate_rows(kind: str
             out = jnp.where(experience.action_BT, values(model, p, experience, how)[0], 0.0)
         return jnp.sum(out * weight), out
 
-    (_, shared), shared_grad = jax.value_and_grad(scalar, has_aux=True)(params(model), layout)
-    (_, plain), plain_grad = jax.value_and_grad(scalar, has_aux=True)(params(model), Layout())
+    (_, shared), shared_grad = scalar(params(model), how=layout)
+    (_, plain), plain_grad = scalar(params(model), how=Layout())
     np.testing.assert_allclose(shared, plain, rtol=1e-5, atol=1e-5)
     for a, b in zip(jax.tree.leaves(shared_grad), jax.tree.leaves(plain_grad), strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5 * float(jnp.abs(b).max()))
