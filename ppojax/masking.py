@@ -25,11 +25,14 @@ def reduce_parts(stacked: Metrics) -> Metrics:
 
 
 def finish(metrics: Metrics) -> dict[str, jax.Array]:
-    """Divide each mean by its weight (0 when nothing was counted) and unwrap each maximum (likewise)."""
+    """Divide each mean by its weight (0 when nothing was counted) and unwrap each maximum (likewise).
+
+    NaN and infinity pass through: the log says them rather than a harmless 0.
+    """
 
     def value(m: Mean | Max) -> jax.Array:
         if isinstance(m, Max):
-            return jnp.where(jnp.isfinite(m.value), m.value, 0.0)
+            return jnp.where(jnp.isneginf(m.value), 0.0, m.value)
         return jnp.where(m.weight > 0, m.sum / jnp.maximum(m.weight, 1e-9), 0.0)
 
     return {name: value(m) for name, m in metrics.items()}

@@ -8,6 +8,7 @@ shardings of arguments, and results that stay (parameters, optimizer state) are 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from pydantic import Field
@@ -102,7 +103,9 @@ def shard_rows(tree: Any, mesh: jax.sharding.Mesh, axis: int = 0) -> Any:
 
 
 def enable_compilation_cache(directory: str) -> None:
-    """Keep compiled programs across processes in `directory` (jax's persistent cache; native code, per user)."""
-    jax.config.update("jax_compilation_cache_dir", directory)
+    """Keep compiled programs across processes in `directory`, which only its owner may enter: it holds native code."""
+    folder = Path(directory).expanduser()
+    folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+    jax.config.update("jax_compilation_cache_dir", str(folder))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
     jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)

@@ -7,6 +7,7 @@ each parameter declares its logical axes (`ppojax.mesh.RULES`) where it is creat
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -14,7 +15,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from ppojax.models.linear import linear
-from ppojax.models.spec import DecoderSpec
+from ppojax.models.spec import DecoderSpec, Remat
 
 
 class KeyValue(NamedTuple):
@@ -24,12 +25,14 @@ class KeyValue(NamedTuple):
     v: jax.Array
 
 
-class Context(NamedTuple):
-    """What every block of one forward pass shares."""
+class Packing(NamedTuple):
+    """Rows that hold a prompt and then `group` responses to it: `[prompt | response | response ...]`."""
 
-    cos_BTF: jax.Array
-    sin_BTF: jax.Array
-    mask_BTS: jax.Array  # True where a query may look; S runs over cache slots, then over the tokens themselves
+    prefix: int  # places of the prompt; the responses share the rest equally
+    group: int
+
+
+Attention = Callable[[jax.Array, jax.Array, jax.Array, "KeyValue | None"], jax.Array]
 
 
 def parameter(rngs: nnx.Rngs, shape: tuple[int, ...], axes: tuple[str | None, ...], std: float | None) -> nnx.Param:
@@ -80,6 +83,54 @@ def attend(q_BTHF: jax.Array, keys: list[jax.Array], values: list[jax.Array], ma
     return out.reshape(B, T, H * F)
 
 
+def causal_attention(position_BT: jax.Array, slots: int) -> Attention:
+    """Each token sees itself and those before it in the array, and cache slots below the row's first position."""
+    B, T = position_BT.shape
+    mask_BTS = jnp.broadcast_to(jnp.tril(jnp.ones((T, T), bool)), (B, T, T))
+    if slots:
+        seen_BS = jnp.arange(slots, dtype=position_BT.dtype)[None, :] < position_BT[:, :1]
+        mask_BTS = jnp.concatenate([jnp.broadcast_to(seen_BS[:, None, :], (B, T, slots)), mask_BTS], axis=-1)
+
+    def attention(q: jax.Array, k: jax.Array, v: jax.Array, cache: KeyValue | None) -> jax.Array:
+        keys, values = ([k], [v]) if cache is None else ([cache.k, k], [cache.v, v])
+        return attend(q, keys, values, mask_BTS)
+
+    return attention
+
+
+def packed_attention(position_PN: jax.Array, packing: Packing) -> Attention:
+    """Prompt tokens see the prompt so far; response tokens see the whole prompt and their own response so far.
+
+    A response's first position is the length of its prompt, so padding behind the prompt is never seen.
+    """
+    P, N = position_PN.shape
+    prefix, group = packing
+    R = (N - prefix) // group
+    first_B = position_PN[:, prefix:].reshape(P * group, R)[:, :1]
+    prompt = causal_attention(position_PN[:, :prefix], 0)
+    response = causal_attention(jnp.broadcast_to(first_B, (P * group, R)), prefix)
+
+    def rows(x_PN: jax.Array) -> jax.Array:
+        return x_PN[:, prefix:].reshape(P * group, R, *x_PN.shape[2:])
+
+    def attention(q: jax.Array, k: jax.Array, v: jax.Array, cache: KeyValue | None) -> jax.Array:
+        assert cache is None, "packed rows are read whole"
+        shared = KeyValue(*(jnp.repeat(x[:, :prefix], group, axis=0) for x in (k, v)))
+        above = prompt(q[:, :prefix], k[:, :prefix], v[:, :prefix], None)
+        below = response(rows(q), rows(k), rows(v), shared)
+        return jnp.concatenate([above, below.reshape(P, group * R, -1)], axis=1)
+
+    return attention
+
+
+def rematerialised(block: Callable, remat: Remat) -> Callable:
+    """Choose what of a block is kept for its backward pass: everything, the matrix products, or its input only."""
+    if remat == "none":
+        return block
+    policy = jax.checkpoint_policies.dots_with_no_batch_dims_saveable if remat == "dots" else None
+    return jax.checkpoint(block, prevent_cse=False, policy=policy)
+
+
 class Layers(nnx.Module):
     """Every transformer block at once: parameters carry a leading layer axis, over which `Decoder` scans."""
 
@@ -98,16 +149,21 @@ class Layers(nnx.Module):
         self.up = parameter(rngs, (L, D, spec.ffn), (None, "embed", "ffn"), into)
         self.down = parameter(rngs, (L, spec.ffn, D), (None, "ffn", "embed"), out / math.sqrt(spec.ffn))
 
-    def __call__(self, x_BTD: jax.Array, context: Context, cache: KeyValue | None) -> tuple[jax.Array, KeyValue]:
+    def __call__(
+        self,
+        x_BTD: jax.Array,
+        turn: tuple[jax.Array, jax.Array],
+        attention: Attention,
+        cache: KeyValue | None,
+    ) -> tuple[jax.Array, KeyValue]:
         """Apply one block (its slice of the parameters); return the new tokens' keys and values too."""
         spec, (B, T, _) = self.spec, x_BTD.shape
         h = rms_norm(x_BTD, self.attn_norm[...], spec.norm_eps)
         q = linear(h, self.q[...]).reshape(B, T, spec.heads, spec.head_width)
         k = linear(h, self.k[...]).reshape(B, T, spec.kv_heads, spec.head_width)
         v = linear(h, self.v[...]).reshape(B, T, spec.kv_heads, spec.head_width)
-        q, k = (rotate(a, context.cos_BTF, context.sin_BTF) for a in (q, k))
-        keys, values = ([k], [v]) if cache is None else ([cache.k, k], [cache.v, v])
-        x_BTD = x_BTD + linear(attend(q, keys, values, context.mask_BTS), self.o[...])
+        q, k = rotate(q, *turn), rotate(k, *turn)
+        x_BTD = x_BTD + linear(attention(q, k, v, cache), self.o[...])
         h = rms_norm(x_BTD, self.mlp_norm[...], spec.norm_eps)
         x_BTD = x_BTD + linear(jax.nn.silu(linear(h, self.gate[...])) * linear(h, self.up[...]), self.down[...])
         return x_BTD, KeyValue(k, v)
@@ -126,29 +182,31 @@ class Decoder(nnx.Module):
             self.head = parameter(rngs, (spec.vocab, spec.width), ("vocab", "embed"), std)
 
     def __call__(
-        self, token_BT: jax.Array, position_BT: jax.Array, cache: KeyValue | None = None, *, remat: bool = False
+        self,
+        token_BT: jax.Array,
+        position_BT: jax.Array,
+        cache: KeyValue | None = None,
+        packing: Packing | None = None,
+        *,
+        remat: Remat = "none",
     ) -> tuple[jax.Array, KeyValue]:
         """Run the blocks over `token_BT`, whose tokens stand at `position_BT` of their rows.
 
-        Without a cache a token sees itself and those before it in the array. With a cache it also sees the slots
-        below the row's first new position. Rows are padded on the right: nothing real looks at padding.
+        Rows are padded on the right: nothing real looks at padding. What a token sees: `causal_attention`, or
+        `packed_attention` where a packing is given.
 
         Returns:
             Hidden states `[B, T, D]` after the final norm, and the tokens' own keys and values.
         """
-        T = token_BT.shape[1]
-        mask = jnp.broadcast_to(jnp.tril(jnp.ones((T, T), bool)), (token_BT.shape[0], T, T))
-        if cache is not None:
-            slot_S = jnp.arange(cache.k.shape[2], dtype=position_BT.dtype)
-            seen_BS = slot_S[None, :] < position_BT[:, :1]
-            seen_BTS = jnp.broadcast_to(seen_BS[:, None, :], (*token_BT.shape, slot_S.shape[0]))
-            mask = jnp.concatenate([seen_BTS, mask], axis=-1)
-        context = Context(*rotary(position_BT, self.spec.head_width, self.spec.rope_theta), mask)
+        if packing is None:
+            attention = causal_attention(position_BT, 0 if cache is None else cache.k.shape[2])
+        else:
+            attention = packed_attention(position_BT, packing)
+        turn = rotary(position_BT, self.spec.head_width, self.spec.rope_theta)
         graphdef, state = nnx.split(self.layers)
 
         def block(x: jax.Array, layer: tuple[nnx.State, KeyValue | None]) -> tuple[jax.Array, KeyValue]:
-            return nnx.merge(graphdef, layer[0])(x, context, layer[1])
+            return nnx.merge(graphdef, layer[0])(x, turn, attention, layer[1])
 
-        step = jax.checkpoint(block, prevent_cse=False) if remat else block
-        x_BTD, key_value = jax.lax.scan(step, self.embed[...][token_BT], (state, cache))
+        x_BTD, key_value = jax.lax.scan(rematerialised(block, remat), self.embed[...][token_BT], (state, cache))
         return rms_norm(x_BTD, self.norm[...], self.spec.norm_eps), key_value

@@ -13,8 +13,8 @@ from flax import nnx
 from ppojax.kernels import token_stats
 from ppojax.mesh import sharding
 from ppojax.models.critic import Critic
-from ppojax.models.decoder import Decoder, KeyValue
-from ppojax.models.spec import DecoderSpec
+from ppojax.models.decoder import Decoder, KeyValue, Packing
+from ppojax.models.spec import DecoderSpec, Remat
 from ppojax.types import Experience, Layout, TokenStats
 
 Params = dict[str, Any]
@@ -27,7 +27,7 @@ class ModelDef:
 
     spec: DecoderSpec
     dtype: str = "float32"
-    remat: bool = True
+    remat: Remat = "full"
     critic: bool = False  # the decoder carries a value head
 
 
@@ -72,12 +72,17 @@ def head_VD(params: Params) -> jax.Array:
 
 
 def hidden_states(
-    model: ModelDef, params: Params, token_BT: jax.Array, position_BT: jax.Array, cache: KeyValue | None = None
+    model: ModelDef,
+    params: Params,
+    token_BT: jax.Array,
+    position_BT: jax.Array,
+    cache: KeyValue | None = None,
+    packing: Packing | None = None,
 ) -> tuple[jax.Array, KeyValue]:
     """Final hidden states of `token_BT` and the tokens' keys and values (see `Decoder.__call__`)."""
     bound = _bind(model, params)
     decoder = bound.trunk if model.critic else bound
-    return decoder(token_BT, position_BT, cache, remat=model.remat)
+    return decoder(token_BT, position_BT, cache, packing, remat=model.remat)
 
 
 def positions(token_BT: jax.Array) -> jax.Array:
@@ -98,15 +103,21 @@ def read_rows(model: ModelDef, params: Params, experience: Experience, layout: L
     if layout.group == 1:
         hidden_BTD = hidden_states(model, params, token_BT, positions(token_BT))[0]
         return jnp.pad(hidden_BTD[:, :-1], ((0, 0), (1, 0), (0, 0))), jnp.zeros_like(experience.prefix_B)
-    prompt_PT, prefix_B = token_BT[:: layout.group, : layout.prefix], experience.prefix_B
-    hidden_PTD, key_value = hidden_states(model, params, prompt_PT, positions(prompt_PT))
-    last_P = jnp.maximum(prefix_B[:: layout.group] - 1, 0)
-    last_PD = jnp.take_along_axis(hidden_PTD, last_P[:, None, None], axis=1)
-    cache = jax.tree.map(lambda x: jnp.repeat(x, layout.group, axis=1), key_value)
-    position_BR = prefix_B[:, None] + jnp.arange(token_BT.shape[1] - layout.prefix, dtype=jnp.int32)[None, :]
+    prefix, group, prefix_B = layout.prefix, layout.group, experience.prefix_B
+    B, R = token_BT.shape[0], token_BT.shape[1] - prefix
+    position_BR = prefix_B[:, None] + jnp.arange(R, dtype=jnp.int32)[None, :]
     response_BR = jnp.take_along_axis(token_BT, position_BR, axis=1)
-    hidden_BRD, _ = hidden_states(model, params, response_BR, position_BR, cache)
-    return jnp.concatenate([jnp.repeat(last_PD, layout.group, axis=0), hidden_BRD[:, :-1]], axis=1), prefix_B
+
+    def packed(prompt_PT: jax.Array, rows_BR: jax.Array) -> jax.Array:
+        return jnp.concatenate([prompt_PT, rows_BR.reshape(B // group, group * R)], axis=1)
+
+    prompt_PT = token_BT[::group, :prefix]
+    token_PN, position_PN = packed(prompt_PT, response_BR), packed(positions(prompt_PT), position_BR)
+    hidden_PND, _ = hidden_states(model, params, token_PN, position_PN, packing=Packing(prefix, group))
+    last_P = jnp.maximum(prefix_B[::group] - 1, 0)
+    last_PD = jnp.take_along_axis(hidden_PND, last_P[:, None, None], axis=1)
+    response_BRD = hidden_PND[:, prefix:].reshape(B, R, -1)
+    return jnp.concatenate([jnp.repeat(last_PD, group, axis=0), response_BRD[:, :-1]], axis=1), prefix_B
 
 
 def score_tokens(

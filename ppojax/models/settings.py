@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 from pydantic import Field
 
 from ppojax.component import Component
-from ppojax.models.spec import DecoderSpec
+from ppojax.models.spec import DecoderSpec, Remat
 
 Dtype = Literal["float32", "bfloat16", "float16"]
 
@@ -48,7 +48,11 @@ class ModelConfig(Component):
     fresh: FreshSpec | None = Field(default=None, description="shape of a model from scratch, instead of path")
     tokenizer: Literal["char"] | None = Field(default=None, description="tokenizer of a model from scratch")
     dtype: Dtype = Field(default="float32", description="compute type; master weights are float32")
-    remat: bool = Field(default=True, description="recompute each block in the backward pass instead of keeping it")
+    remat: Remat = Field(
+        default="full",
+        description="what a block keeps for its backward pass: none (recompute nothing), dots (the matrix products), "
+        "full (its input only)",
+    )
 
 
 class CutCritic(Component):

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 from pydantic import Field, model_validator
 
 from ppojax.component import Component
+
+
+Remat = Literal["none", "dots", "full"]
 
 
 class DecoderSpec(Component):

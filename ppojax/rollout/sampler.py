@@ -76,14 +76,15 @@ def sample(logits_BV: jax.Array, uniform_B: jax.Array) -> tuple[jax.Array, jax.A
 def _invert(mass_BK: jax.Array, target_B: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
     """First index whose running mass exceeds the target, the target left inside it, and the whole mass.
 
-    Rounding may leave the target above the whole mass: the last index that has any mass is taken then.
+    Rounding may leave the target above the whole mass: the last index that has any mass is taken then. What is left
+    of the target is never below 0, which would find an index without mass.
     """
     running_BK = jnp.cumsum(mass_BK, axis=-1)
     index_K = jnp.arange(mass_BK.shape[1], dtype=jnp.int32)
     last_B = jnp.max(jnp.where(mass_BK > 0, index_K[None, :], 0), axis=-1)
     index_B = jnp.minimum(jnp.sum(running_BK <= target_B[:, None], axis=-1, dtype=jnp.int32), last_B)
     before_B = jnp.take_along_axis(running_BK - mass_BK, index_B[:, None], axis=1)[:, 0]
-    return index_B, target_B - before_B, running_BK[:, -1]
+    return index_B, jnp.maximum(target_B - before_B, 0.0), running_BK[:, -1]
 
 
 def greedy_choice(logits_BV: jax.Array) -> tuple[jax.Array, jax.Array]:

@@ -11,7 +11,7 @@ import numpy as np
 from ppojax.config import Config
 from ppojax.envs import Task
 from ppojax.errors import ConfigError, DataError
-from ppojax.mesh import replicated
+from ppojax.mesh import enable_compilation_cache, replicated
 from ppojax.models.forward import ModelDef
 from ppojax.models.load import Loaded, load_critic, load_model
 from ppojax.models.tokenizer import Tokenizer
@@ -53,6 +53,8 @@ def build(config: Config) -> tuple[Parts, States]:
         ConfigError: the mesh has too many devices or does not divide the model.
         DataError: weights, tokenizer or tasks cannot be used.
     """
+    if config.run.compilation_cache is not None:
+        enable_compilation_cache(config.run.compilation_cache)
     mesh = config.mesh.build()
     key = jax.random.key(config.seed)
     loaded = load_model(config.model, jax.random.fold_in(key, INIT_ACTOR))
@@ -83,7 +85,7 @@ def make_collector(config: Config, model: ModelDef, tokenizer: Tokenizer, mesh: 
     rollout = config.rollout
     # One position stays free for the value of the state after a row's last token.
     slots = rollout.max_tokens - 1
-    sampler = SamplerDef(replace(model, remat=False), mesh, slots, rollout.max_turn_tokens, rollout.temperature)
+    sampler = SamplerDef(replace(model, remat="none"), mesh, slots, rollout.max_turn_tokens, rollout.temperature)
     table = stop_table(tokenizer.token_bytes(), config.env.stop, tokenizer.eos_ids)
     unused = np.repeat(np.arange(len(table), dtype=np.int32)[:, None], model.spec.vocab - table.shape[1], axis=1)
     stop_SV = jax.device_put(np.concatenate([table, unused], axis=1), replicated(mesh))

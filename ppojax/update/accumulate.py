@@ -29,13 +29,20 @@ def gradients(
         out = loss(params, rows)
         return out.sum, (out.weight, out.metrics)
 
-    def step(carry: tuple, rows: Batch) -> tuple[tuple, Metrics]:
-        grads, total, weight = carry
-        (sum_, (weight_, metrics)), grads_ = jax.value_and_grad(part, has_aux=True)(params, rows)
-        grads = jax.tree.map(jnp.add, grads, grads_)
-        return (grads, total + sum_, weight + weight_), metrics
+    def one(rows: Batch) -> tuple[Params, jax.Array, jax.Array, Metrics]:
+        (total, (weight, metrics)), grads = jax.value_and_grad(part, has_aux=True)(params, rows)
+        return grads, total, weight, metrics
 
-    zeros = (jax.tree.map(jnp.zeros_like, params), jnp.float32(0), jnp.float32(0))
-    (grads, total, weight), metrics = jax.lax.scan(step, zeros, split_rows(batch, microbatch_rows, group))
+    def step(carry: tuple, rows: Batch) -> tuple[tuple, Metrics]:
+        *sums, metrics = one(rows)
+        return jax.tree.map(jnp.add, carry, tuple(sums)), metrics
+
+    parts = split_rows(batch, microbatch_rows, group)
+    if parts.advantage_BT.shape[0] == 1:  # nothing to add up: spare the passes over the parameters
+        grads, total, weight, metrics = one(jax.tree.map(lambda x: x[0], parts))
+    else:
+        zeros = (jax.tree.map(jnp.zeros_like, params), jnp.float32(0), jnp.float32(0))
+        (grads, total, weight), stacked = jax.lax.scan(step, zeros, parts)
+        metrics = reduce_parts(stacked)
     scale = jnp.where(weight > 0, 1.0 / jnp.maximum(weight, 1e-9), 0.0)
-    return jax.tree.map(lambda g: g * scale, grads), total * scale, reduce_parts(metrics)
+    return jax.tree.map(lambda g: g * scale, grads), total * scale, metrics

@@ -47,7 +47,7 @@ def actor_step(
     """Take one optimizer step on a minibatch: one gradient of `loss`, clipped, applied to the float32 masters."""
 
     def objective(params: Params, rows: Batch) -> LossOut:
-        stats = score_tokens(model, params, rows.experience, layout, temperature=temperature, entropy=loss.entropy)
+        stats = score_tokens(model, params, rows.experience, layout, temperature=temperature, entropy=True)
         out = loss(stats, rows)
         return out._replace(metrics={**out.metrics, **mismatch(stats, rows)})
 
