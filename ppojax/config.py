@@ -228,6 +228,12 @@ def _rows(config: Config) -> Iterator[Contradiction]:
             f"the rows of a microbatch are not split evenly over {mesh.row_shards} devices",
             f"update.microbatch_rows may be {_divisors(rows, mesh.row_shards)}",
         )
+    elif update.shared_prefix and update.microbatch_rows % rollout.group_size:
+        yield Contradiction(
+            ("update.microbatch_rows", "rollout.group_size"),
+            f"a microbatch would tear groups of {rollout.group_size} episodes that share their prompt",
+            f"update.microbatch_rows may be {_divisors(rows, rollout.group_size)}, or set update.shared_prefix=false",
+        )
 
 
 def _tokens(config: Config) -> Iterator[Contradiction]:

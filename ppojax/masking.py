@@ -11,7 +11,7 @@ def masked_mean(x: Float[jax.Array, ...], mask: Bool[jax.Array, ...]) -> Mean:
     return Mean(jnp.sum(jnp.where(mask, x, 0.0)), jnp.sum(mask, dtype=jnp.float32))
 
 
-def masked_max(x: Float[jax.Array, "..."], mask: Bool[jax.Array, "..."]) -> Max:
+def masked_max(x: Float[jax.Array, ...], mask: Bool[jax.Array, ...]) -> Max:
     """Take the largest x where mask holds; minus infinity where it holds nowhere, until `finish` makes it 0."""
     return Max(jnp.max(jnp.where(mask, x, -jnp.inf), initial=-jnp.inf))
 

@@ -159,6 +159,11 @@ CONTRADICTIONS = [
         "the rows of a microbatch are not split evenly over 4 devices; update.microbatch_rows may be 4, 8, 16, 32",
     ),
     (
+        (*BASE, "update.microbatch_rows=2"),
+        "update.microbatch_rows=2 (command line), rollout.group_size=4 (default): a microbatch would tear groups of 4 "
+        "episodes that share their prompt; update.microbatch_rows may be 4, 8, 16, 32, or set update.shared_prefix=false",
+    ),
+    (
         (*BASE, "mesh.data=3"),
         "update.microbatch_rows=8 (default), mesh.data=3 (command line), mesh.fsdp=1 (default): "
         "the rows of a microbatch are not split evenly over 3 devices; "

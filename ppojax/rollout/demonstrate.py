@@ -21,7 +21,7 @@ def demonstrate(
     at a policy that is right only some of the time.
     """
     return [
-        _play(env, tokenizer, tasks, number, rng.random(env.max_turns) < wrong, rng.integers(len(tasks)))
+        _play(env, tokenizer, tasks, number, rng.random(env.max_turns) < wrong, int(rng.integers(len(tasks))))
         for number in range(len(tasks))
     ]
 

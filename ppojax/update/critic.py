@@ -36,5 +36,5 @@ def critic_step(
     rate = jnp.asarray(config.optimizer.learning_rate_at(state.step), jnp.float32)
     state, applied = apply_gradients(state, grads, transform, state_shardings(model, transform, mesh))
     one = jnp.float32(1)
-    metrics |= {"critic/vf_loss": Mean(value, one), "critic/lr": Mean(rate, one)}
+    metrics |= {"critic/loss": Mean(value, one), "critic/lr": Mean(rate, one)}
     return state, finish(metrics | {f"critic/{name}": m for name, m in applied.items()})
