@@ -161,7 +161,8 @@ CONTRADICTIONS = [
     (
         (*BASE, "update.microbatch_rows=2"),
         "update.microbatch_rows=2 (command line), rollout.group_size=4 (default): a microbatch would tear groups of 4 "
-        "episodes that share their prompt; update.microbatch_rows may be 4, 8, 16, 32, or set update.shared_prefix=false",
+        "episodes that share their prompt; update.microbatch_rows may be 4, 8, 16, 32, "
+        "or set update.shared_prefix=false",
     ),
     (
         (*BASE, "mesh.data=3"),

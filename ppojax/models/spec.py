@@ -8,7 +8,6 @@ from pydantic import Field, model_validator
 
 from ppojax.component import Component
 
-
 Remat = Literal["none", "dots", "full"]
 
 
