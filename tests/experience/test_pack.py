@@ -1,0 +1,102 @@
+"""Packing: rows come out of the arrays as they went in."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from helpers import random_rows
+from ppojax.experience.pack import layout_of, pack
+from ppojax.mesh import MeshConfig
+from ppojax.types import Ending, Experience, Layout, Row
+from tiny_model import bits
+
+MESH = MeshConfig().build()
+
+
+def unpacked(experience: Experience, b: int) -> dict[str, np.ndarray]:
+    """One row of the arrays, cut to its length."""
+    n = int(experience.length_B[b])
+    index = np.asarray(experience.action_index_BA[b])
+    mask = np.zeros(n, bool)
+    mask[index[index > 0]] = True
+    return {
+        "token": np.asarray(experience.token_BT[b, :n]),
+        "action": np.asarray(experience.action_BT[b, :n]),
+        "indexed": mask,
+        "logp": bits(experience.logp_behavior_BT[b, :n]),
+        "reward": bits(experience.reward_BT[b, :n]),
+    }
+
+
+@settings(max_examples=15, deadline=None)
+@given(
+    prompts=st.integers(1, 4),
+    group=st.sampled_from([1, 2, 3]),
+    spare=st.integers(0, 3),
+    bucket=st.sampled_from([1, 4, 7, 32]),
+    share=st.booleans(),
+    failed=st.booleans(),
+    seed=st.integers(0, 1000),
+)
+def test_rows_survive(prompts: int, group: int, spare: int, bucket: int, share: bool, failed: bool, seed: int) -> None:
+    rows = random_rows(prompts, group, seed)
+    if failed:
+        rows[-1] = Row(**{**vars(rows[-1]), "ending": Ending.ERROR})
+    layout = layout_of(rows, group=group if share else 1, prompt_bucket=4)
+    experience = pack(rows, batch=len(rows) + spare, bucket=bucket, actions=9, mesh=MESH, layout=layout)
+    B, T = experience.token_BT.shape
+    assert len(rows) + spare == B and (T - layout.prefix) % bucket == 0
+    assert not np.asarray(experience.action_BT[:, -1]).any()  # room for the value of the last state
+    for b, row in enumerate(rows):
+        counts = row.ending != Ending.ERROR
+        got = unpacked(experience, b)
+        np.testing.assert_array_equal(got["token"], row.token)
+        np.testing.assert_array_equal(got["action"], row.action & counts)
+        np.testing.assert_array_equal(got["indexed"], row.action & counts)
+        np.testing.assert_array_equal(got["logp"], bits(row.logp_behavior) if counts else 0)
+        np.testing.assert_array_equal(got["reward"], bits(row.reward))
+        names = ("length_B", "prefix_B", "ending_B", "valid_B", "group_B", "episode_B", "segment_B")
+        want = (len(row.token), row.action.argmax(), row.ending, counts, row.group, row.episode, row.segment)
+        assert tuple(int(getattr(experience, name)[b]) for name in names) == want
+        assert not np.asarray(experience.action_BT[b, len(row.token) :]).any()
+    for b in range(len(rows), B):
+        assert not experience.valid_B[b] and not np.asarray(experience.action_BT[b]).any()
+        assert int(experience.episode_B[b]) == -1 and int(experience.length_B[b]) == 0
+
+
+def test_what_is_shared() -> None:
+    rows = random_rows(2, 3)
+    longest = max(int(row.action.argmax()) for row in rows)
+    assert layout_of(rows, group=3, prompt_bucket=4) == Layout(3, -(-longest // 4) * 4)
+    assert layout_of(rows, group=1, prompt_bucket=4) == Layout()
+    assert layout_of(rows[:-1], group=3, prompt_bucket=4) == Layout()  # a group that is not whole
+    assert layout_of(rows[1:] + rows[:1], group=3, prompt_bucket=4) == Layout()  # groups of another prompt
+    changed = rows[4].token.copy()
+    changed[0] += 1
+    other = [*rows[:4], Row(**{**vars(rows[4]), "token": changed}), rows[5]]
+    assert layout_of(other, group=3, prompt_bucket=4) == Layout()
+
+
+@pytest.mark.parametrize("share", [False, True])
+def test_what_follows_the_last_token_has_a_place(share: bool) -> None:
+    """A row that fills its bucket exactly gets another one."""
+    rows = random_rows(1, 2)
+    layout = layout_of(rows, group=2 if share else 1, prompt_bucket=1)
+    longest = max(len(row.token) for row in rows)
+    after = longest - layout.prefix
+    for bucket, parts in ((after, 2), (after + 1, 1)):
+        experience = pack(rows, batch=2, bucket=bucket, actions=9, mesh=MESH, layout=layout)
+        assert experience.token_BT.shape[1] == layout.prefix + parts * bucket
+
+
+def test_action_positions_fill_up_with_zero() -> None:
+    rows = random_rows(1, 2)
+    experience = pack(rows, batch=2, bucket=8, actions=40, mesh=MESH)
+    index_BA = np.asarray(experience.action_index_BA)
+    assert index_BA.shape[1] == experience.token_BT.shape[1]  # never more than there are positions
+    for b, row in enumerate(rows):
+        where = np.flatnonzero(row.action)
+        np.testing.assert_array_equal(index_BA[b], [*where, *[0] * (index_BA.shape[1] - len(where))])

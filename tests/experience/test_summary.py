@@ -1,0 +1,96 @@
+"""The numbers of the log, by their formulas."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from ppojax.experience.summary import advantage_metrics, rollout_metrics, to_go
+from ppojax.types import Batch, Ending, Row
+from small_batch import experience_of
+
+ACTION = [[0, 1, 1, 0, 1, 0], [0, 0, 1, 0, 0, 0], [0, 0, 0, 0, 0, 0]]
+REWARD = [[0, 0.5, 0, 9, 0.25, 0], [0, 0, 0.1, 0, 0, 0], [0, 0, 0, 0, 0, 7]]
+
+
+def test_returns_run_over_actions_only() -> None:
+    got = to_go(np.array(REWARD, np.float32), np.array(ACTION, bool), 0.5)
+    np.testing.assert_allclose(got[0, [1, 2, 4]], [0.5 + 0.5 * (0.5 * 0.25), 0.5 * 0.25, 0.25], rtol=1e-6)
+    np.testing.assert_allclose(got[1, 2], 0.1, rtol=1e-6)
+
+
+@pytest.mark.parametrize("gamma", [1.0, 0.5])
+def test_explained_variance_is_of_the_monte_carlo_return_over_all_tokens(gamma: float) -> None:
+    """1 - Var[G - V] / Var[G], V the mean of the critics; not a mean over rows, and nothing off action counts."""
+    rng = np.random.default_rng(0)
+    value_MBT = np.where(ACTION, rng.normal(size=(2, 3, 6)), 1e6)
+    experience = experience_of(ACTION, reward=REWARD, value=value_MBT)
+    advantage_BT = np.where(ACTION, rng.normal(size=(3, 6)), np.nan).astype(np.float32)
+    got = advantage_metrics(Batch(experience, advantage_BT), gamma)
+    mask = np.array(ACTION, bool)
+    G = np.array([0.5 + gamma * gamma * 0.25, gamma * 0.25, 0.25, 0.1])
+    V = value_MBT.mean(0)[mask]
+    assert got["critic/vf_explained_var"] == pytest.approx(1 - np.var(G - V) / np.var(G), rel=1e-5)
+    assert got["critic/value_error/rms"] == pytest.approx(np.sqrt(np.mean((G - V) ** 2)), rel=1e-5)
+    assert got["critic/returns/mean"] == pytest.approx(G.mean(), rel=1e-6)
+    assert got["critic/values/mean"] == pytest.approx(V.mean(), rel=1e-5)
+    assert got["critic/values/std"] == pytest.approx(V.std(), rel=1e-5)
+    assert got["critic/advantages/mean"] == pytest.approx(advantage_BT[mask].mean(), rel=1e-5)
+
+
+def test_explained_variance_of_a_perfect_and_of_an_ignorant_critic() -> None:
+    returns_BT = to_go(np.array(REWARD, np.float32), np.array(ACTION, bool), 1.0)
+
+    def explained(value_BT: np.ndarray) -> float | None:
+        experience = experience_of(ACTION, reward=REWARD, value=value_BT[None])
+        return advantage_metrics(Batch(experience, np.zeros((3, 6), np.float32)), 1.0).get("critic/vf_explained_var")
+
+    assert explained(returns_BT) == pytest.approx(1.0)
+    assert explained(returns_BT + 3) == pytest.approx(1.0)  # an offset is not unexplained variance
+    assert explained(np.full((3, 6), 0.4, np.float32)) == pytest.approx(0.0, abs=1e-6)
+    assert explained(-returns_BT) == pytest.approx(-3.0)
+
+
+def test_returns_that_do_not_vary_explain_nothing() -> None:
+    experience = experience_of([[1, 1, 0]], reward=[[0, 0.5, 0]], value=[[[0.3, 0.1, 0]]])
+    batch = Batch(experience, np.zeros((1, 3), np.float32))
+    assert "critic/vf_explained_var" not in advantage_metrics(batch, 1.0)
+    assert advantage_metrics(Batch(experience_of([[0, 0]]), np.zeros((1, 2), np.float32)), 1.0) == {}
+
+
+def row(reward: float, written: int, prompt: int, group: int, ending: Ending, **info: object) -> Row:
+    action = np.repeat([False, True], [prompt, written])
+    rewards = np.zeros(prompt + written, np.float32)
+    rewards[-1] = reward
+    zeros = np.zeros(prompt + written)
+    messages = [{"role": "user", "content": ""}, {"role": "assistant", "content": ""}]
+    token, logp = zeros.astype(np.int32), zeros.astype(np.float32)
+    return Row(token, action, logp, rewards, group, 0, 0, ending, messages, dict(info))
+
+
+def test_rollout_metrics() -> None:
+    rows = [
+        row(1.0, 4, 3, 0, Ending.TERMINATED, success=True),
+        row(0.5, 2, 3, 0, Ending.TRUNCATED),
+        row(0.25, 6, 5, 1, Ending.TERMINATED),
+        row(0.25, 8, 5, 1, Ending.TERMINATED),
+        row(99.0, 99, 9, 1, Ending.ERROR, success=True),
+    ]
+    got = rollout_metrics(rows)
+    assert got == {
+        "reward/mean": 0.5,
+        "reward/std": pytest.approx(np.std([1, 0.5, 0.25, 0.25])),
+        "reward/max": 1.0,
+        "reward/min": 0.25,
+        "reward/success": 0.25,
+        "reward/frac_zero_std": 0.5,
+        "response_length/mean": 5.0,
+        "response_length/max": 8.0,
+        "response_length/min": 2.0,
+        "response_length/clip_ratio": 0.25,
+        "prompt_length/mean": 4.0,
+        "num_turns/mean": 1.0,
+        "error/frac": pytest.approx(0.2),
+    }
+    failed = rollout_metrics(rows[-1:])
+    assert failed["error/frac"] == 1.0 and failed["reward/mean"] == 0.0

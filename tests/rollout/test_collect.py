@@ -1,0 +1,193 @@
+"""Episodes: tokens in, tokens out, rewards where they were earned, and how each row ends."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import jax
+import numpy as np
+import pytest
+
+from ppojax.advantages import Group
+from ppojax.envs import Task
+from ppojax.errors import DataError
+from ppojax.experience.pack import pack
+from ppojax.experience.summary import rollout_metrics
+from ppojax.models.forward import Params
+from ppojax.rollout import collect
+from ppojax.rollout.collect import Collector
+from ppojax.rollout.sampler import Turn
+from ppojax.types import Ending, Rollout, Row
+from tiny_model import TOKENIZER, bits, collector_of, random_policy, scripted_task, speaker
+
+KEY = jax.random.key(0)
+TASKS = [
+    scripted_task("1?", ("23 <", 0.25), ("0", -0.125), ("done", 1 / 3)),
+    scripted_task("45 6?", ("", 0.5), ("done", 0.1)),
+    scripted_task("7?", ("cut", 0.7)),
+]
+
+
+def collected(collector: Collector, policy: Params, tasks: Sequence[Task]) -> tuple[Rollout, list[Turn]]:
+    """Play, and keep what the sampler gave, turn by turn."""
+    turns: list[Turn] = []
+
+    def recording(*args: object, **settings: object) -> object:
+        slots, turn = decode(*args, **settings)
+        turns.append(jax.device_get(turn))
+        return slots, turn
+
+    decode = collect.decode
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(collect, "decode", recording)
+        return collector(policy, tasks, KEY), turns
+
+
+def test_tokens_in_tokens_out() -> None:
+    """A row is its prompt, then sampled tokens exactly as they were sampled and the template's suffixes."""
+    collector = collector_of(group_size=2)
+    rollout, turns = collected(collector, random_policy(), TASKS)
+    respelled = 0
+    for b, row in enumerate(rollout.rows):
+        task = TASKS[b // 2]
+        token = TOKENIZER.render([{"role": "user", "content": task.data["prompt"]}])
+        mask, logp, reward = ([0] * len(token) for _ in range(3))
+        script = task.data["turns"]
+        for n, (observation, earned) in enumerate(script):
+            count = int(turns[n].count_B[b])
+            ids = turns[n].token_BN[b, :count].tolist()
+            respelled += TOKENIZER.encode(TOKENIZER.decode(ids)) != ids
+            token += ids
+            mask += [1] * count
+            logp += turns[n].logp_BN[b, :count].tolist()
+            reward += [0] * (count - 1) + [earned]
+            if n + 1 < len(script):
+                suffix = TOKENIZER.suffix(
+                    [{"role": "tool", "content": observation}], ended=ids[-1] in TOKENIZER.eos_ids
+                )
+                token += suffix
+                for x in (mask, logp, reward):
+                    x += [0] * len(suffix)
+        assert row.token.tolist() == token
+        assert row.action.tolist() == [bool(m) for m in mask]
+        np.testing.assert_array_equal(bits(row.logp_behavior), bits(logp))
+        np.testing.assert_array_equal(bits(row.reward), bits(reward))
+        assert (row.group, row.episode, row.segment) == (b // 2, b, 0)
+    assert respelled  # some turns hold tokens that their text would not give back
+
+
+def test_what_is_said_is_what_the_environment_hears() -> None:
+    """The text of a turn is without its eos, and with the string that stopped it."""
+    rollout, _ = collected(collector_of(group_size=1), speaker("abc"), TASKS[:2])
+    assert [m["content"] for m in rollout.rows[0].messages] == ["1?", "abc", "23 <", "abc", "0", "abc"]
+    assert TOKENIZER.decode(rollout.rows[1].token.tolist()) == "45 6?abcabc"
+    # Ended by eos, so the rows are the conversation as the template writes it.
+    for row in rollout.rows:
+        assert row.token.tolist() == TOKENIZER.render(row.messages, add_generation_prompt=False)
+    stopped, _ = collected(collector_of(group_size=1, stop=("bc",)), speaker("abcd"), TASKS[1:2])
+    row = stopped.rows[0]
+    assert [m["content"] for m in row.messages] == ["45 6?", "abc", "", "abc"]
+    # A turn that a string stopped is closed by the template, not by an action.
+    assert row.token.tolist() == TOKENIZER.render(row.messages, add_generation_prompt=False)[:-1]
+    assert row.action.sum() == 6 and not row.action[row.token == TOKENIZER.eos_ids[0]].any()
+
+
+def test_rewards_are_not_rounded() -> None:
+    """Fractions that 16 bits would lose arrive as the float32 nearest to them, on the last token of their turn."""
+    task = scripted_task("1?", ("a", 0.1), ("a", 1e-4), ("a", 1000.0625))
+    row = collected(collector_of(group_size=1), speaker("ab"), [task])[0].rows[0]
+    last = np.flatnonzero(row.reward)
+    np.testing.assert_array_equal(bits(row.reward[last]), bits([0.1, 1e-4, 1000.0625]))
+    assert row.action[last].all() and (row.token[last] == TOKENIZER.eos_ids[0]).all()
+
+
+def test_how_rows_end() -> None:
+    rows = collected(collector_of(group_size=1), speaker("ab"), TASKS)[0].rows
+    assert [row.ending for row in rows] == [Ending.TERMINATED, Ending.TERMINATED, Ending.TRUNCATED]
+    assert [row.info["turns"] for row in rows] == [3, 2, 1]
+
+
+@pytest.mark.parametrize(
+    ("slots", "length", "ending", "reward"),
+    [(64, 19, Ending.TERMINATED, 0.75), (17, 17, Ending.TERMINATED, 0.75), (16, 8, Ending.TRUNCATED, 0.5)],
+)
+def test_no_room_for_a_turn_truncates(slots: int, length: int, ending: Ending, reward: float) -> None:
+    """Prompt 5, turn 3, observation 8: 17 slots leave one for the next turn, 16 leave none.
+
+    What cannot be answered is not written, and what was earned before is kept.
+    """
+    task = scripted_task("11", ("abcde", 0.5), ("done", 0.25))
+    row = collected(collector_of(group_size=1, slots=slots), speaker("ab"), [task])[0].rows[0]
+    assert (len(row.token), row.ending, row.reward.sum()) == (length, ending, reward)
+    assert row.action[-1]
+
+
+def test_a_prompt_without_room_is_refused() -> None:
+    collector = collector_of(slots=12)
+    with pytest.raises(DataError) as caught:
+        collector(random_policy(), [scripted_task("0123456789", ("done", 1.0))], KEY)
+    assert str(caught.value) == (
+        "task 0123456789: its prompt has 13 tokens, rollout.max_tokens leaves room for 11: "
+        "raise rollout.max_tokens or shorten the task"
+    )
+    collector_of(slots=14)(random_policy(), [scripted_task("0123456789", ("done", 1.0))], KEY)
+
+
+def failing_rows() -> Rollout:
+    """Two groups of two and one of two that fails, in its second turn and in its first."""
+    tasks = [
+        TASKS[1],
+        scripted_task("2?", ("a", 0.5), ("done", ValueError("no"))),
+        scripted_task("3?", ("", OSError())),
+    ]
+    return collected(collector_of(group_size=2), random_policy(), tasks)[0]
+
+
+def test_an_environment_that_fails_ends_its_own_episode_only() -> None:
+    rollout = failing_rows()
+    assert [row.ending for row in rollout.rows] == [Ending.TERMINATED] * 2 + [Ending.ERROR] * 4
+    assert {name: v for name, v in rollout.metrics.items() if name.startswith("error/")} == {
+        "error/ValueError": 2.0,
+        "error/OSError": 2.0,
+    }
+    metrics = rollout_metrics(rollout.rows)
+    assert metrics["error/frac"] == pytest.approx(4 / 6)
+    assert metrics["reward/mean"] == pytest.approx(0.6) and metrics["reward/std"] == pytest.approx(0)
+
+
+def test_failed_rows_are_out_of_the_loss_and_the_statistics() -> None:
+    rows = list(failing_rows().rows)
+    good = [scale(row, k) for k, row in enumerate(rows[:2])]
+    # A failed row in the group of the good ones, with a reward that would move their mean.
+    stray = rows[2]
+    assert stray.reward.sum() == 0.5
+    rows = [*good, Row(**{**vars(stray), "group": 0})]
+    mesh = collector_of().sampler.mesh
+    mixed, alone = (pack(r, batch=3, bucket=8, actions=18, mesh=mesh) for r in (rows, good))
+    assert mixed.valid_B.tolist() == [True, True, False]
+    assert not mixed.action_BT[2].any() and not mixed.action_index_BA[2].any() and not mixed.logp_behavior_BT[2].any()
+    got, want = (Group(scale="none")(e).advantage_BT for e in (mixed, alone))
+    np.testing.assert_array_equal(got[:2, : want.shape[1]], want[:2])
+    assert not np.asarray(got[2]).any() and np.asarray(want[:2]).any()
+
+
+def scale(row: Row, k: int) -> Row:
+    return Row(**{**vars(row), "reward": row.reward * np.float32(1 + k)})
+
+
+def test_every_environment_is_closed(monkeypatch: pytest.MonkeyPatch) -> None:
+    collector, made = collector_of(), []
+    make = type(collector.env).make
+    monkeypatch.setattr(type(collector.env), "make", lambda self: made.append(make(self)) or made[-1])
+    collector(random_policy(), TASKS, KEY)
+    assert len(made) == 6 and all(env.closed for env in made)
+
+
+def test_the_same_key_plays_the_same_episodes() -> None:
+    collector = collector_of()
+    a, b = (collector(random_policy(), TASKS, KEY).rows for _ in range(2))
+    other = collector(random_policy(), TASKS, jax.random.key(1)).rows
+    for x, y in zip(a, b, strict=True):
+        np.testing.assert_array_equal(x.token, y.token)
+        np.testing.assert_array_equal(bits(x.logp_behavior), bits(y.logp_behavior))
+    assert any(not np.array_equal(x.token, y.token) for x, y in zip(a, other, strict=True))
