@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import logging
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -37,6 +38,7 @@ def run_command(main: Callable[[Any, Flags], int], argv: Sequence[str], cls: typ
     A `PpojaxError` is printed as one line for each fault and becomes its exit code. Any other exception passes
     through: it is a bug, and Python prints the trace and exits with 1.
     """
+    _plain_warnings()
     try:
         arguments = _split(argv)
         if "--help" in arguments.flags:
@@ -54,6 +56,16 @@ def run_command(main: Callable[[Any, Flags], int], argv: Sequence[str], cls: typ
     except KeyboardInterrupt:
         print("ppojax: interrupted", file=sys.stderr)
         return INTERRUPTED
+
+
+def _plain_warnings() -> None:
+    """Print what the library logs as plain lines, whatever handlers other libraries put on the root logger."""
+    logger = logging.getLogger("ppojax")
+    if not logger.handlers:
+        handler = logging.StreamHandler()
+        handler.setFormatter(logging.Formatter("ppojax: %(levelname)s: %(message)s"))
+        logger.addHandler(handler)
+        logger.propagate = False
 
 
 def _split(argv: Sequence[str]) -> _Arguments:

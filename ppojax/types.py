@@ -24,7 +24,6 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 if TYPE_CHECKING:
     import jax
     import numpy as np
-
 Messages = list[dict[str, Any]]
 
 

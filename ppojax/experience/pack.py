@@ -63,21 +63,21 @@ def pack(
     def ids(values: Sequence[int], fill: int) -> np.ndarray:
         return np.array([*values, *[fill] * (batch - len(rows))], np.int32)
 
-    experience = Experience(
-        token_BT=token_BT,
-        length_B=ids([len(row.token) for row in rows], 0),
-        prefix_B=ids(prefix, 0),
-        action_BT=action_BT,
-        action_index_BA=index_BA,
-        logp_behavior_BT=np.where(action_BT, logp_BT, np.float32(0)),
-        reward_BT=reward_BT,
-        ending_B=ids([row.ending for row in rows], Ending.ERROR),
-        valid_B=ids([row.ending != Ending.ERROR for row in rows], 0).astype(bool),
-        group_B=ids([row.group for row in rows], batch - 1),
-        episode_B=ids([row.episode for row in rows], -1),
-        segment_B=ids([row.segment for row in rows], 0),
-    )
-    return shard_rows(experience, mesh)
+    arrays = {
+        "token_BT": token_BT,
+        "length_B": ids([len(row.token) for row in rows], 0),
+        "prefix_B": ids(prefix, 0),
+        "action_BT": action_BT,
+        "action_index_BA": index_BA,
+        "logp_behavior_BT": np.where(action_BT, logp_BT, np.float32(0)),
+        "reward_BT": reward_BT,
+        "ending_B": ids([row.ending for row in rows], Ending.ERROR),
+        "valid_B": ids([row.ending != Ending.ERROR for row in rows], 0).astype(bool),
+        "group_B": ids([row.group for row in rows], batch - 1),
+        "episode_B": ids([row.episode for row in rows], -1),
+        "segment_B": ids([row.segment for row in rows], 0),
+    }
+    return Experience(**shard_rows(arrays, mesh))
 
 
 def _round_up(n: int, multiple: int) -> int:

@@ -32,14 +32,14 @@ class ModelDef:
 
 
 @lru_cache(maxsize=32)
-def _structure(spec: DecoderSpec, critic: bool) -> tuple[nnx.GraphDef, nnx.State]:
-    kind = Critic if critic else Decoder
-    return nnx.split(nnx.eval_shape(lambda: kind(spec, nnx.Rngs(0))))
+def _structure(model: ModelDef) -> tuple[nnx.GraphDef, nnx.State]:
+    kind = Critic if model.critic else Decoder
+    return nnx.split(nnx.eval_shape(lambda: kind(model.spec, nnx.Rngs(0))))
 
 
 def _bind(model: ModelDef, params: Params) -> Any:
     """Put parameters, cast to the compute type, back into their module; a value head stays float32."""
-    graphdef, abstract = _structure(model.spec, model.critic)
+    graphdef, abstract = _structure(model)
     cast = jax.tree.map(lambda p: p.astype(model.dtype), params)
     if model.critic:
         cast["value_head"] = params["value_head"]
@@ -56,12 +56,12 @@ def init(model: ModelDef, key: jax.Array) -> Params:
 
 def abstract_params(model: ModelDef) -> Params:
     """Shapes and types of the master weights."""
-    return nnx.to_pure_dict(_structure(model.spec, model.critic)[1])
+    return nnx.to_pure_dict(_structure(model)[1])
 
 
 def param_shardings(model: ModelDef, mesh: jax.sharding.Mesh) -> Params:
     """The sharding of each parameter on a mesh, from the logical axes that it declares."""
-    state = _structure(model.spec, model.critic)[1]
+    state = _structure(model)[1]
     axes = jax.tree.map(lambda v: v.get_metadata("axes"), state, is_leaf=lambda v: isinstance(v, nnx.Variable))
     return jax.tree.map(lambda a: sharding(mesh, a), nnx.to_pure_dict(axes), is_leaf=lambda a: isinstance(a, tuple))
 
@@ -146,13 +146,11 @@ def score_tokens(
         chosen_BAD.reshape(B * A, -1), head, target_BA.reshape(B * A), temperature=temperature, entropy=entropy
     )
 
-    def align(x_N: jax.Array | None) -> jax.Array | None:
-        if x_N is None:
-            return None
+    def align(x_N: jax.Array) -> jax.Array:
         x_BA = jnp.where(index_BA > 0, x_N.reshape(B, A), 0.0)
         return jnp.zeros(experience.token_BT.shape, jnp.float32).at[jnp.arange(B)[:, None], index_BA].add(x_BA)
 
-    return TokenStats(align(stats.logp), align(stats.entropy))
+    return TokenStats(align(stats.logp), None if stats.entropy is None else align(stats.entropy))
 
 
 def values(model: ModelDef, params: Params, experience: Experience, layout: Layout = PLAIN) -> jax.Array:

@@ -8,9 +8,9 @@ _EVENT = "/jax/core/compile/backend_compile_duration"
 _durations: list[float] = []
 
 
-def _listen(event: str, seconds: float, **_: str | int) -> None:
+def _listen(event: str, duration_secs: float, **kwargs: str | int) -> None:
     if event == _EVENT:
-        _durations.append(seconds)
+        _durations.append(duration_secs)
 
 
 jax.monitoring.register_event_duration_secs_listener(_listen)

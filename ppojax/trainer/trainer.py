@@ -142,14 +142,14 @@ class Trainer:
         )
 
     def _update_critic(self, batch: Batch, layout: Layout) -> dict[str, float]:
-        assert self.states.critic is not None and self.parts.critic is not None
-        config, parts, done = self.config, self.parts, []
+        config, parts, state, done = self.config, self.parts, self.states.critic, []
+        assert state is not None and parts.critic is not None
         for epoch in range(config.update.epochs * config.critic.updates):
             for minibatch in minibatches(
                 batch, config.update.minibatches, (config.seed, self.number, epoch, 1), layout.group
             ):
-                self.states.critic, metrics = critic_step(
-                    self.states.critic,
+                state, metrics = critic_step(
+                    state,
                     minibatch,
                     model=parts.critic,
                     config=config.critic,
@@ -158,7 +158,8 @@ class Trainer:
                     mesh=parts.mesh,
                 )
                 done.append(metrics)
-        self._check_finite("critic", skipped_in_a_row(self.states.critic))
+        self.states.critic = state
+        self._check_finite("critic", skipped_in_a_row(state))
         return _average(done)
 
     def _update_actor(self, batch: Batch, layout: Layout) -> dict[str, float]:

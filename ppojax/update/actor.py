@@ -53,7 +53,7 @@ def actor_step(
 
     grads, value, metrics = gradients(objective, state.params, batch, microbatch_rows, layout.group)
     transform = optimizer.build()
-    rate = jnp.asarray(optimizer.learning_rate_at(state.step), jnp.float32)
+    rate = optimizer.learning_rate_at(state.step)
     state, applied = apply_gradients(state, grads, transform, state_shardings(model, transform, mesh))
     one = jnp.float32(1)
     metrics |= {"actor/loss": Mean(value, one), "actor/lr": Mean(rate, one)}

@@ -33,7 +33,7 @@ def critic_step(
 
     grads, value, metrics = gradients(objective, state.params, batch, microbatch_rows, layout.group)
     transform = config.build_optimizer()
-    rate = jnp.asarray(config.optimizer.learning_rate_at(state.step), jnp.float32)
+    rate = config.optimizer.learning_rate_at(state.step)
     state, applied = apply_gradients(state, grads, transform, state_shardings(model, transform, mesh))
     one = jnp.float32(1)
     metrics |= {"critic/loss": Mean(value, one), "critic/lr": Mean(rate, one)}

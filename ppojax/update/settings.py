@@ -7,7 +7,7 @@ from typing import Literal
 from pydantic import Field
 
 from ppojax.component import Component
-from ppojax.lazy import jnp, optax
+from ppojax.lazy import jax, jnp, optax
 from ppojax.losses import ValueLoss
 from ppojax.models.settings import CriticModelConfig, CutCritic
 
@@ -27,9 +27,9 @@ class OptimizerConfig(Component):
     weight_decay: float = Field(default=0.0, ge=0, description="decoupled weight decay")
     max_grad_norm: float = Field(default=1.0, gt=0, description="global norm to which gradients are clipped")
 
-    def learning_rate_at(self, step: int | jnp.ndarray) -> float | jnp.ndarray:
-        """Evaluate the schedule at an optimizer step."""
-        return self.build_schedule()(step)
+    def learning_rate_at(self, step: jax.Array) -> jax.Array:
+        """Evaluate the schedule at an optimizer step, float32."""
+        return jnp.asarray(self.build_schedule()(step), jnp.float32)
 
     def build_schedule(self) -> optax.Schedule:
         """Warm-up, then constant, or decay to zero over `decay_steps`."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -13,15 +13,15 @@ from ppojax.models.forward import ModelDef, Params, param_shardings
 from ppojax.types import Mean, Metrics, TrainState
 
 
-def state_shardings(model: ModelDef, optimizer: optax.GradientTransformation, mesh: jax.sharding.Mesh) -> TrainState:
-    """Shardings of a train state: moments lie as their parameters do, counters everywhere."""
+def state_shardings(model: ModelDef, optimizer: optax.GradientTransformation, mesh: jax.sharding.Mesh) -> Any:
+    """Shardings of a train state, in its shape: moments lie as their parameters do, counters everywhere."""
     params = param_shardings(model, mesh)
     everywhere = replicated(mesh)
     abstract = jax.eval_shape(optimizer.init, jax.tree.map(lambda _: jnp.float32(0), params))
     opt_state = optax.tree_map_params(
         optimizer.init, lambda _, s: s, abstract, params, transform_non_params=lambda _: everywhere
     )
-    return TrainState(params, opt_state, everywhere, everywhere)
+    return TrainState(params, opt_state, cast(Any, everywhere), cast(Any, everywhere))
 
 
 def init_state(
