@@ -59,6 +59,10 @@ class Calculator(Component):
         (23, 45), description="operands of one call shown as a turn before the question; these are never asked"
     )
 
+    example_shows: Literal["call", "exchange"] = Field(
+        default="call", description="call: the example ends with the call; exchange: it goes on to result and answer"
+    )
+
     @model_validator(mode="after")
     def _usable(self) -> Calculator:
         if self.low > self.high:
@@ -159,7 +163,11 @@ class CalculatorEnv:
             return []
         a, b = self._config.example
         shown = Task("example", {"a": a, "b": b, "operator": self._config.operators[0]})
-        return [self._ask(shown), {"role": "assistant", "content": f"{OPEN}{question(shown)}{CLOSE}"}]
+        call = {"role": "assistant", "content": f"{OPEN}{question(shown)}{CLOSE}"}
+        if self._config.example_shows == "call":
+            return [self._ask(shown), call]
+        result = str(_result(shown))
+        return [self._ask(shown), call, {"role": "tool", "content": result}, {"role": "assistant", "content": result}]
 
     def _call(self, task: Task, text: str) -> Step:
         reward, observation, right = 0.0, _ERROR, False
