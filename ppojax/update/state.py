@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any, cast
 
+import chex
 import jax
 import jax.numpy as jnp
 import optax
@@ -40,6 +41,7 @@ def apply_gradients(
     state: TrainState, grads: Params, optimizer: optax.GradientTransformation, shardings: TrainState
 ) -> tuple[TrainState, Metrics]:
     """Take one optimizer step; leave parameters, moments and schedule untouched if a gradient is not finite."""
+    chex.assert_trees_all_equal_shapes_and_dtypes(grads, state.params)
     norm = optax.tree.norm(grads)
     finite = jnp.isfinite(norm)
     updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
