@@ -6,6 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from ppojax.config import Config
+from ppojax.errors import DataError
 from ppojax.experience.pack import pack
 from ppojax.losses import NLL
 from ppojax.rollout.demonstrate import demonstrate
@@ -20,18 +21,29 @@ from ppojax.update.state import init_state
 def warm_start(
     config: Config, settings: WarmStartConfig, parts: Parts, state: TrainState
 ) -> tuple[TrainState, list[float]]:
-    """Fit demonstrations by maximum likelihood; return a state with a fresh optimizer, and each step's loss."""
+    """Fit demonstrations by maximum likelihood; return a state with a fresh optimizer, and each step's loss.
+
+    Raises:
+        DataError: a demonstration has more tokens than the policy may write.
+    """
     rng = np.random.default_rng((config.seed, settings.steps))
     stream = task_stream(parts.train_tasks, settings.rows, config.seed + 1)
     state = init_state(parts.actor, state.params, settings.optimizer.build(), parts.mesh)
+    actions = config.env.max_turns * config.rollout.max_turn_tokens
     losses = []
     for _ in range(settings.steps):
         rows = demonstrate(config.env, parts.tokenizer, next(stream), wrong=settings.corrupt, rng=rng)
+        longest = max(int(row.action.sum()) for row in rows)
+        if longest > actions:
+            raise DataError(
+                f"warm_start: a demonstration writes {longest} tokens, rollout.max_turn_tokens x env.max_turns allows "
+                f"{actions}: raise rollout.max_turn_tokens"
+            )
         experience = pack(
             rows,
             batch=settings.rows,
             bucket=config.rollout.bucket,
-            actions=config.env.max_turns * config.rollout.max_turn_tokens,
+            actions=actions,
             mesh=parts.mesh,
         )
         state, metrics = actor_step(

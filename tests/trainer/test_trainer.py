@@ -1,0 +1,147 @@
+"""The trainer on a tiny model: it compiles once, agrees with its sampler, and goes on exactly from where it was."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import jax
+import numpy as np
+import pytest
+
+from ppojax.errors import ConfigError, DataError, DivergedError
+from ppojax.experience.summary import advantage_metrics
+from ppojax.trainer import Trainer
+from tiny_config import tiny
+
+CLOCKS = ("timing_s/", "perf/", "compile/")
+
+
+def timeless(metrics: dict[str, float]) -> dict[str, float]:
+    return {name: value for name, value in metrics.items() if not name.startswith(CLOCKS)}
+
+
+def leaves(state: Any) -> list[np.ndarray]:
+    return [np.asarray(x) for x in jax.tree.leaves(state)]
+
+
+def same(a: Any, b: Any) -> bool:
+    return all(np.array_equal(x, y) for x, y in zip(leaves(a), leaves(b), strict=True))
+
+
+def test_five_steps() -> None:
+    """One run, looked at from several sides, because compiling it is what takes time."""
+    trainer = Trainer(tiny())
+    trainer.warm_start()
+    before = jax.device_get(trainer.state())
+    outs = []
+    for _ in range(3):
+        outs.append(trainer.step())
+    middle = jax.device_get(trainer.state())
+    position = json.loads(json.dumps(trainer.position()))
+    outs += [trainer.step() for _ in range(2)]
+    assert [out.step for out in outs] == [1, 2, 3, 4, 5] and trainer.number == 5
+    for out in outs:
+        assert all(np.isfinite(value) for value in out.metrics.values())
+
+    # All lengths are in one bucket, so nothing compiles after the first steps.
+    counts = [out.metrics["compile/count"] for out in outs]
+    assert counts[1] == counts[4] and counts[0] > 0, counts
+
+    # Two float32 computations of the same log-probability, of order 10, one block deep.
+    for out in outs:
+        assert out.metrics["sampling/logp_diff_max"] < 2e-5
+        assert out.metrics["sampling/ratio_mean"] == pytest.approx(1, abs=1e-5)
+
+    assert any(out.metrics["reward/max"] > 0 for out in outs)
+
+    # Everything that should be trained is, and the critic's head has left zero.
+    moved = jax.tree.map(lambda a, b: not np.array_equal(a, b), before, jax.device_get(trainer.state()))
+    assert all(jax.tree.leaves(moved["actor"].params)) and all(jax.tree.leaves(moved["critic"].params))
+    assert int(trainer.states.actor.step) == 10 and int(trainer.states.critic.step) == 10  # type: ignore[union-attr]
+
+    # The log's numbers on the critic are of the values before the update.
+    assert outs[4].metrics.items() >= advantage_metrics(outs[4].batch, 1.0).items()
+
+    # Two steps again from the middle are the same two steps, bit by bit.
+    again = Trainer(tiny())
+    template = again.state()
+    placed = jax.tree.map(lambda x, like: jax.device_put(x, like.sharding), middle, template)
+    again.restore(placed, position)
+    repeated = [again.step() for _ in range(2)]
+    for new, old in zip(repeated, outs[3:], strict=True):
+        assert new.step == old.step and timeless(new.metrics) == timeless(old.metrics)
+        assert [row.token.tolist() for row in new.rollout.rows] == [row.token.tolist() for row in old.rollout.rows]
+    assert same(again.state(), trainer.state())
+
+
+def test_without_a_critic_and_with_what_the_loss_asks_for() -> None:
+    trainer = Trainer(
+        tiny("advantage.type=group", "loss.type=ppo", "loss.kl.coefficient=0.1", "loss.entropy_coefficient=0.1")
+    )
+    assert trainer.states.critic is None
+    reference = jax.device_get(trainer.reference)
+    out = trainer.step()
+    e = out.batch.experience
+    assert e.value_MBT is None and e.logp_old_BT is not None and e.logp_ref_BT is not None
+    np.testing.assert_array_equal(e.logp_old_BT, e.logp_ref_BT)  # before the first update they are one
+    e = trainer.step().batch.experience
+    assert not np.array_equal(e.logp_old_BT, e.logp_ref_BT)  # type: ignore[arg-type]
+    assert same(trainer.reference, reference) and not same(trainer.states.actor.params, reference)
+    assert not any(name.startswith("critic/v") for name in out.metrics)
+
+
+def test_the_critic_may_learn_alone_first() -> None:
+    trainer = Trainer(tiny("critic.warmup_steps=1"))
+    trainer.warm_start()
+    before = jax.device_get(trainer.state())
+    out = trainer.step()
+    assert not any(name.startswith("actor/") for name in out.metrics)
+    assert same(trainer.states.actor, before["actor"]) and not same(trainer.states.critic, before["critic"])
+    assert "actor/loss" in trainer.step().metrics
+
+
+def test_gradients_that_are_not_finite_stop_the_run() -> None:
+    """The first update of a NaN model is refused; the run ends after max_skipped of them, its state untouched."""
+    trainer = Trainer(tiny("update.max_skipped=3"))
+    trainer.states.actor = trainer.states.actor._replace(
+        params=trainer.states.actor.params | {"norm": trainer.states.actor.params["norm"] * np.float32(np.nan)}
+    )
+    before = jax.device_get(trainer.states.actor)
+    trainer.step()
+    assert int(trainer.states.actor.skipped[1]) == 2
+    with pytest.raises(DivergedError) as caught:
+        trainer.step()
+    assert str(caught.value) == (
+        "actor: gradients were not finite in 4 updates in a row (update.max_skipped): "
+        "lower actor.optimizer.learning_rate or look at the last transcripts"
+    )
+    after = jax.device_get(trainer.states.actor)
+    assert after.skipped.tolist() == [4, 4]
+    for a, b in zip(leaves(after._replace(skipped=0)), leaves(before._replace(skipped=0)), strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+def test_warm_start_fits_and_starts_the_optimizer_anew() -> None:
+    trainer = Trainer(tiny("warm_start.steps=8"))
+    losses = trainer.warm_start()
+    assert len(losses) == 8 and losses[-1] < 0.8 * losses[0]
+    assert int(trainer.states.actor.step) == 0 and trainer.number == 0
+    assert not any(x.any() for x in leaves(trainer.states.actor.opt_state))
+
+
+def test_a_demonstration_longer_than_the_policy_may_write_is_refused() -> None:
+    """The expert's call has 16 characters, and its answer and the last eos follow."""
+    trainer = Trainer(tiny("warm_start.steps=1", "rollout.max_turn_tokens=6"))
+    with pytest.raises(DataError) as caught:
+        trainer.warm_start()
+    assert str(caught.value) == (
+        "warm_start: a demonstration writes 18 tokens, rollout.max_turn_tokens x "
+        "env.max_turns allows 12: raise rollout.max_turn_tokens"
+    )
+
+
+def test_a_mesh_that_does_not_divide_is_refused() -> None:
+    """The vocabulary is known only once the tokenizer is."""
+    with pytest.raises(ConfigError, match=r"mesh\.tensor = 4 does not divide vocab = 102; legal: 1, 2, 3"):
+        Trainer(tiny("mesh.tensor=4", "model.fresh.heads=4", "model.fresh.kv_heads=4"))
