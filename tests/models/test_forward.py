@@ -8,8 +8,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers import ACTOR, CRITIC, params, random_experience
 
+from helpers import ACTOR, CRITIC, params, random_experience
 from ppojax.models import forward
 from ppojax.models.forward import Params, head_VD, hidden_states, positions
 from ppojax.types import Experience, Layout
