@@ -6,7 +6,7 @@ from enum import IntEnum
 
 
 class ExitCode(IntEnum):
-    """Process exit codes; every one but `DONE` also leaves `exit.json` in the run directory."""
+    """Process exit codes; once there is a run directory, `exit.json` in it says the same and why."""
 
     DONE = 0
     BUG = 1

@@ -29,7 +29,9 @@ class EvaluateConfig(Settings):
         default="latest", description="step of the checkpoint, or the newest that is intact"
     )
     prompts: int = Field(default=64, ge=1, description="held-out tasks: the first ones of the run's own")
-    samples: int = Field(default=8, ge=1, description="sampled answers a task, for pass@k")
+    samples: int | None = Field(
+        default=None, ge=1, description="sampled answers a task, for pass@k; null: eval.samples"
+    )
     seed: int = Field(default=0, ge=0, lt=2**32, description="seed of the sampled answers; the tasks are the run's")
 
 
@@ -52,18 +54,19 @@ def main(settings: EvaluateConfig, flags: Flags) -> int:
     # Only now: jax takes seconds to start, and a mistyped key should not wait for it.
     from ppojax.trainer.held_out import evaluate_run
 
+    samples = config.eval.samples if settings.samples is None else settings.samples
     step, metrics = evaluate_run(
         config,
         run,
         tasks[: settings.prompts],
         checkpoint=None if settings.checkpoint == "latest" else settings.checkpoint,
-        samples=settings.samples,
+        samples=samples,
         seed=settings.seed,
     )
     record = {
         "checkpoint": step,
         "prompts": settings.prompts,
-        "samples": settings.samples,
+        "samples": samples,
         "seed": settings.seed,
         "temperature": config.rollout.temperature,
         "metrics": metrics,

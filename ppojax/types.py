@@ -50,6 +50,7 @@ class Row:
     ending: Ending
     messages: Messages = field(default_factory=list)
     info: dict[str, Any] = field(default_factory=dict)
+    clipped: bool = False  # a turn ran into its token limit
 
 
 @dataclass(frozen=True)

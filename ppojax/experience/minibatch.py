@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import TypeVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from ppojax.mesh import sharding
 from ppojax.types import Batch, Experience
 
 Rows = TypeVar("Rows", Batch, Experience)
@@ -26,8 +28,8 @@ def map_rows(f: Callable[[jax.Array, int], jax.Array], tree: Rows) -> Rows:
 def split_rows(tree: Rows, rows: int, group: int = 1) -> Rows:
     """Split into parts of `rows` rows, on a new leading axis, keeping each `group` of consecutive rows together.
 
-    Part i takes every n-th group, starting with group i. Strided, so that with rows split over devices every device
-    keeps the rows that it has.
+    Part i takes every n-th group, starting with group i. Strided, so that with groups split over devices every
+    device keeps the rows that it has.
     """
 
     def split(x: jax.Array, axis: int) -> jax.Array:
@@ -48,16 +50,29 @@ def join_rows(x: jax.Array, group: int = 1) -> jax.Array:
     return jnp.moveaxis(shaped, 0, 1).reshape(parts * rows, *rest)
 
 
-@jax.jit
-def take_rows(tree: Rows, index: jax.Array) -> Rows:
-    """Select rows by index."""
-    return map_rows(lambda x, axis: jnp.take(x, index, axis=axis), tree)
+@partial(jax.jit, static_argnames=("mesh",))
+def take_rows(tree: Rows, index: jax.Array, *, mesh: jax.sharding.Mesh) -> Rows:
+    """Select rows by index, and split them over the mesh as the whole batch is."""
+
+    def take(x: jax.Array, axis: int) -> jax.Array:
+        rows = sharding(mesh, (None,) * axis + ("rows",))
+        return jax.lax.with_sharding_constraint(jnp.take(x, index, axis=axis), rows)
+
+    return map_rows(take, tree)
 
 
-def minibatches(batch: Batch, count: int, seed: tuple[int, ...], group: int = 1) -> Iterator[Batch]:
-    """Shuffle the rows in groups and deal them out as `count` minibatches of equal size (their number must divide)."""
+def minibatches(
+    batch: Batch, count: int, seed: tuple[int, ...], group: int, mesh: jax.sharding.Mesh
+) -> Iterator[Batch]:
+    """Deal the rows out as `count` minibatches of equal size (their number must divide), in random groups of `group`.
+
+    One minibatch is the batch itself, in its own order.
+    """
+    if count == 1:
+        yield batch
+        return
     rows = batch.advantage_BT.shape[0]
     order = np.random.default_rng(seed).permutation(rows // group)
     index = (order[:, None] * group + np.arange(group)[None, :]).reshape(-1).astype(np.int32)
     for part in np.split(index, count):
-        yield take_rows(batch, part) if count > 1 else batch
+        yield take_rows(batch, part, mesh=mesh)

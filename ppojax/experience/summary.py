@@ -13,10 +13,12 @@ from ppojax.types import Batch, Ending, Row
 def rollout_metrics(rows: Sequence[Row]) -> dict[str, float]:
     """Rewards, lengths and endings of the rows that count; a failed row is only counted as failed."""
     good = [row for row in rows if row.ending != Ending.ERROR]
-    score = np.array([row.reward.sum() for row in good] or [0.0])
-    written = np.array([row.action.sum() for row in good] or [0])
-    prompt = np.array([row.action.argmax() for row in good] or [0])
-    turns = np.array([sum(m["role"] == "assistant" for m in row.messages) for row in good] or [0])
+    if not good:
+        return {"error/frac": 1.0}
+    score = np.array([row.reward.sum() for row in good])
+    written = np.array([row.action.sum() for row in good])
+    prompt = np.array([row.action.argmax() for row in good])
+    turns = np.array([(np.diff(row.action.astype(int), prepend=0) == 1).sum() for row in good])
     groups: dict[int, list[float]] = {}
     for row in good:
         groups.setdefault(row.group, []).append(float(row.reward.sum()))
@@ -26,12 +28,12 @@ def rollout_metrics(rows: Sequence[Row]) -> dict[str, float]:
         "reward/std": float(score.std()),
         "reward/max": float(score.max()),
         "reward/min": float(score.min()),
-        "reward/success": float(np.mean([bool(row.info.get("success", False)) for row in good] or [0.0])),
+        "reward/success": float(np.mean([bool(row.info.get("success", False)) for row in good])),
         "reward/frac_zero_std": float(np.mean(same)) if same else 0.0,
         "response_length/mean": float(written.mean()),
         "response_length/max": float(written.max()),
         "response_length/min": float(written.min()),
-        "response_length/clip_ratio": float(np.mean([row.ending == Ending.TRUNCATED for row in good] or [0.0])),
+        "response_length/clip_ratio": float(np.mean([row.clipped or row.ending == Ending.TRUNCATED for row in good])),
         "prompt_length/mean": float(prompt.mean()),
         "num_turns/mean": float(turns.mean()),
         "error/frac": 1.0 - len(good) / len(rows),

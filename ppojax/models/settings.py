@@ -9,7 +9,7 @@ from pydantic import Field
 from ppojax.component import Component
 from ppojax.models.spec import DecoderSpec, Remat
 
-Dtype = Literal["float32", "bfloat16", "float16"]
+Dtype = Literal["float32", "bfloat16"]  # float16 needs loss scaling, which is not here yet
 
 
 class FreshSpec(Component):

@@ -6,9 +6,11 @@ an observation is rendered as the suffix that follows it and is never an action.
 
 from __future__ import annotations
 
+import math
 import time
 from collections import Counter
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -36,20 +38,15 @@ class Episode:
     logp: list[float] = field(default_factory=list)
     reward: list[float] = field(default_factory=list)
     ending: Ending | None = None
+    clipped: bool = False  # a turn ran into its limit
     info: dict[str, Any] = field(default_factory=dict)
-
-    def __post_init__(self) -> None:
-        self._append(self.token, action=False, logp=[0.0] * len(self.token))
-
-    def _append(self, ids: Sequence[int], *, action: bool, logp: Sequence[float]) -> None:
-        self.action += [action] * len(ids)
-        self.logp += logp
-        self.reward += [0.0] * len(ids)
 
     def write(self, ids: Sequence[int], *, action: bool, logp: Sequence[float] | None = None) -> None:
         """Append tokens to the row."""
         self.token += ids
-        self._append(ids, action=action, logp=[0.0] * len(ids) if logp is None else logp)
+        self.action += [action] * len(ids)
+        self.logp += [0.0] * len(ids) if logp is None else logp
+        self.reward += [0.0] * len(ids)
 
     def act(self, ids: list[int], logp: list[float], text: str) -> Messages:
         """Append a sampled turn, let the environment answer, and return its new messages (empty when it is over)."""
@@ -57,12 +54,13 @@ class Episode:
         message = {"role": "assistant", "content": text}
         self.messages.append(message)
         try:
-            step = self.env.step(message)
+            return self._take(self.env.step(message))
         except Exception as error:  # an environment is user code: its failure ends its own episode only
             return self.fail(error)
-        return self._take(step)
 
     def _take(self, step: Step) -> Messages:
+        if not math.isfinite(step.reward):
+            raise ValueError(f"reward {step.reward}")
         self.reward[-1] += step.reward
         self.info.update(step.info)
         self.messages += step.messages
@@ -89,9 +87,15 @@ class Episode:
             episode=self.number,
             segment=0,
             ending=self.ending,
+            clipped=self.clipped,
             messages=self.messages,
             info=self.info,
         )
+
+    def close(self) -> None:
+        """Let the environment go; the episode is over, so that a failure here changes nothing."""
+        with suppress(Exception):
+            self.env.close()
 
 
 @dataclass(frozen=True)
@@ -112,9 +116,20 @@ class Collector:
             DataError: a prompt leaves no room for a turn in the cache.
         """
         start = time.perf_counter()
-        episodes = self._reset(tasks)
-        prompts = [e.token for e in episodes[:: self.group_size]]
-        token_PT, length_P = pad_tokens(prompts, self.bucket, self.sampler.slots)
+        episodes: list[Episode] = []
+        try:
+            for group, task in enumerate(tasks):
+                self._reset(task, group, episodes)
+            self._play(params, episodes, key)
+        finally:
+            for episode in episodes:
+                episode.close()
+        return self._rollout(episodes, time.perf_counter() - start)
+
+    def _play(self, params: Params, episodes: Sequence[Episode], key: jax.Array) -> None:
+        token_PT, length_P = pad_tokens(
+            [e.token for e in episodes[:: self.group_size]], self.bucket, self.sampler.slots
+        )
         slots = prefill(params, token_PT, length_P, sampler=self.sampler, group_size=self.group_size)
         episode_B = np.array([e.number for e in episodes], np.int32)
         turns = 0
@@ -126,25 +141,46 @@ class Collector:
             if any(observations):
                 token_BT, count_B = pad_tokens(observations, self.bucket, self.sampler.slots)
                 slots = extend(params, slots, token_BT, count_B, sampler=self.sampler)
-        for episode in episodes:
-            episode.env.close()
-        return self._rollout(episodes, time.perf_counter() - start)
 
-    def _reset(self, tasks: Sequence[Task]) -> list[Episode]:
-        episodes = []
-        for group, task in enumerate(tasks):
-            for member in range(self.group_size):
-                env = self.env.make()
-                reset = env.reset(task)
-                ids = self.tokenizer.render(reset.messages, reset.tools)
-                if len(ids) >= self.sampler.slots:
-                    raise DataError(
-                        f"task {task.id}: its prompt has {len(ids)} tokens, rollout.max_tokens leaves room for "
-                        f"{self.sampler.slots - 1}: raise rollout.max_tokens or shorten the task"
-                    )
-                number = group * self.group_size + member
-                episodes.append(Episode(env, group, number, list(reset.messages), ids))
-        return episodes
+    def prompt(self, task: Task, env: Env) -> tuple[Messages, list[int]]:
+        """Start a task and render its prompt.
+
+        Raises:
+            DataError: the prompt leaves no room for a turn in the cache.
+        """
+        reset = env.reset(task)
+        ids = self.tokenizer.render(reset.messages, reset.tools)
+        if len(ids) >= self.sampler.slots:
+            raise DataError(
+                f"task {task.id}: its prompt has {len(ids)} tokens, rollout.max_tokens leaves room for "
+                f"{self.sampler.slots - 1}: raise rollout.max_tokens or shorten the task"
+            )
+        return list(reset.messages), ids
+
+    def _reset(self, task: Task, group: int, episodes: list[Episode]) -> None:
+        """Start the episodes of one task; they share a prompt, which is read once."""
+        shared: list[int] | None = None
+        members = []
+        for member in range(self.group_size):
+            episode = Episode(self.env.make(), group, group * self.group_size + member, [], [])
+            episodes.append(episode)
+            members.append(episode)
+            try:
+                episode.messages, ids = self.prompt(task, episode.env)
+            except DataError:
+                raise
+            except Exception as error:  # as in `Episode.act`
+                episode.fail(error)
+                continue
+            if shared is not None and ids != shared:
+                raise DataError(
+                    f"task {task.id}: its environment starts the episodes of a group differently: "
+                    f"make reset depend on the task alone, or set rollout.group_size=1"
+                )
+            shared = ids
+        # A failed member keeps the group's prompt, so that rows stay aligned; it is in no loss.
+        for episode in members:
+            episode.write(shared or [self.tokenizer.eos_ids[0]], action=False)
 
     def _step(self, episodes: Sequence[Episode], turn: Turn) -> list[list[int]]:
         """Hand each active episode its turn; return the observation tokens to append, row by row."""
@@ -155,10 +191,15 @@ class Collector:
             count = int(turn.count_B[b])
             ids, logp = turn.token_BN[b, :count].tolist(), turn.logp_BN[b, :count].tolist()
             ended = ids[-1] in self.tokenizer.eos_ids
+            episode.clipped |= not turn.stopped_B[b]
             new = episode.act(ids, logp, self.tokenizer.decode(ids[:-1] if ended else ids))
             if episode.ending is not None:
                 continue
-            suffix = self.tokenizer.suffix(new, ended=ended)
+            try:
+                suffix = self.tokenizer.suffix(new, ended=ended)
+            except DataError as error:  # what the environment said cannot be written in this vocabulary
+                episode.fail(error)
+                continue
             if len(episode.token) + len(suffix) >= self.sampler.slots:
                 episode.ending = Ending.TRUNCATED
                 continue

@@ -31,7 +31,8 @@ def _play(
 ) -> Row:
     env, task = env_config.make(), tasks[number]
     reset = env.reset(task)
-    episode = Episode(env, number, number, list(reset.messages), tokenizer.render(reset.messages, reset.tools))
+    episode = Episode(env, number, number, list(reset.messages), [])
+    episode.write(tokenizer.render(reset.messages, reset.tools), action=False)
     for turn in range(env_config.max_turns):
         text = env_config.expert(episode.messages, tasks[other] if wrong[turn] else task)
         stopped = text.endswith(env_config.stop)
@@ -42,5 +43,5 @@ def _play(
         episode.write(tokenizer.suffix(new, ended=not stopped), action=False)
     else:
         episode.ending = Ending.TRUNCATED
-    env.close()
+    episode.close()
     return episode.row()

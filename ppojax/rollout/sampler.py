@@ -20,6 +20,7 @@ from ppojax.models.decoder import KeyValue
 from ppojax.models.forward import ModelDef, Params, head_VD, hidden_states
 from ppojax.rollout.stop import START
 
+CACHE = (None, "rows", None, "kv_heads", None)  # logical axes of keys and values
 BLOCK = 256  # vocabulary block of the two-level inverse CDF
 
 
@@ -101,11 +102,10 @@ def prefill(params: Params, token_PT: jax.Array, length_P: jax.Array, *, sampler
     hidden_PTD, new = hidden_states(sampler.model, params, token_PT, position_PT)
     last_PD = jnp.take_along_axis(hidden_PTD, (length_P - 1)[:, None, None], axis=1)[:, 0]
     room = sampler.slots - token_PT.shape[1]
-    rows = sharding(sampler.mesh, (None, "rows"))
 
     def to_rows(x_LPT: jax.Array) -> jax.Array:
         x = jnp.pad(x_LPT, ((0, 0), (0, 0), (0, room), (0, 0), (0, 0)))
-        return jax.lax.with_sharding_constraint(jnp.repeat(x, group_size, axis=1), rows)
+        return jax.lax.with_sharding_constraint(jnp.repeat(x, group_size, axis=1), sharding(sampler.mesh, CACHE))
 
     return Slots(
         KeyValue(*map(to_rows, new)), jnp.repeat(last_PD, group_size, axis=0), jnp.repeat(length_P, group_size)

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 from rich.text import Text
 
+from ppojax.runtime.atomic import write_atomic
 from ppojax.types import Ending, Row
 
 log = logging.getLogger(__name__)
@@ -68,7 +69,7 @@ def write_transcripts(
         lines.append(json.dumps(record, allow_nan=False))
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text("".join(line + "\n" for line in lines), encoding="ascii")
+        write_atomic(path, "".join(line + "\n" for line in lines))
     except OSError as error:
         log.warning("%s: the transcripts were not written: %s", path, error.strerror)
 

@@ -13,7 +13,7 @@ from ppojax.envs import Task
 from ppojax.errors import ConfigError, DataError
 from ppojax.mesh import enable_compilation_cache, replicated
 from ppojax.models.forward import ModelDef
-from ppojax.models.load import Loaded, load_critic, load_model
+from ppojax.models.load import load_critic, load_model
 from ppojax.models.tokenizer import Tokenizer
 from ppojax.rollout.collect import Collector
 from ppojax.rollout.sampler import SamplerDef
@@ -21,8 +21,15 @@ from ppojax.rollout.stop import stop_table
 from ppojax.types import TrainState
 from ppojax.update.state import init_state
 
-# Purposes of randomness: each is folded into the seed's key (after the step, where there is one).
+# Purposes of randomness, and the "step" of what happens outside of steps.
 INIT_ACTOR, INIT_CRITIC, SAMPLE, EVALUATE = range(4)
+OUTSIDE = 2**31 - 1
+CHECKED_PROMPTS = 8
+
+
+def purpose_key(seed: int, step: int, purpose: int) -> jax.Array:
+    """The key of one purpose in one step."""
+    return jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), step), purpose)
 
 
 @dataclass(frozen=True)
@@ -51,18 +58,18 @@ def build(config: Config) -> tuple[Parts, States]:
 
     Raises:
         ConfigError: the mesh has too many devices or does not divide the model.
-        DataError: weights, tokenizer or tasks cannot be used.
+        DataError: weights, tokenizer or tasks cannot be used, or a prompt is too long.
     """
     if config.run.compilation_cache is not None:
         enable_compilation_cache(config.run.compilation_cache)
     mesh = config.mesh.build()
-    key = jax.random.key(config.seed)
-    loaded = load_model(config.model, jax.random.fold_in(key, INIT_ACTOR))
-    _check_mesh(config, loaded)
+    loaded = load_model(config.model, purpose_key(config.seed, OUTSIDE, INIT_ACTOR))
+    _check_mesh(config, loaded.model)
     states = States(init_state(loaded.model, loaded.params, config.actor.optimizer.build(), mesh), None)
     critic = None
     if config.advantage.needs_values:
-        critic, params = load_critic(config.critic.model, loaded, jax.random.fold_in(key, INIT_CRITIC))
+        critic, params = load_critic(config.critic.model, loaded, purpose_key(config.seed, OUTSIDE, INIT_CRITIC))
+        _check_mesh(config, critic)
         states.critic = init_state(critic, params, config.critic.build_optimizer(), mesh)
     parts = Parts(
         mesh,
@@ -77,6 +84,10 @@ def build(config: Config) -> tuple[Parts, States]:
         raise DataError(
             f"env: {len(parts.train_tasks)} training tasks, rollout.prompts asks for {config.rollout.prompts}"
         )
+    for task in (*parts.train_tasks[:CHECKED_PROMPTS], *parts.eval_tasks[:CHECKED_PROMPTS]):
+        env = config.env.make()
+        parts.collector.prompt(task, env)
+        env.close()
     return parts, states
 
 
@@ -97,7 +108,7 @@ def greedy(collector: Collector) -> Collector:
     return replace(collector, sampler=replace(collector.sampler, greedy=True), group_size=1)
 
 
-def _check_mesh(config: Config, loaded: Loaded) -> None:
-    faults = config.mesh.check_divides(loaded.model.spec.axis_sizes())
+def _check_mesh(config: Config, model: ModelDef) -> None:
+    faults = config.mesh.check_divides(model.spec.axis_sizes())
     if faults:
         raise ConfigError("; ".join(faults))

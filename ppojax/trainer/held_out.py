@@ -5,14 +5,12 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-import jax
-
 from ppojax.config import Config
 from ppojax.envs import Task
 from ppojax.errors import DataError
 from ppojax.runtime.checkpoint import Checkpoints
 from ppojax.runtime.rundir import RunDir
-from ppojax.trainer.build import EVALUATE
+from ppojax.trainer.build import EVALUATE, OUTSIDE, purpose_key
 from ppojax.trainer.evaluation import evaluate_greedy, evaluate_samples
 from ppojax.trainer.trainer import Trainer
 from ppojax.update.state import abstract_state
@@ -37,7 +35,7 @@ def evaluate_run(
         state, position = checkpoints.restore(checkpoint, abstract_state(trainer.state()))
     trainer.restore(state, position)
     collector, params = trainer.parts.collector, trainer.states.actor.params
-    key = jax.random.fold_in(jax.random.key(seed), EVALUATE)
+    key = purpose_key(seed, OUTSIDE, EVALUATE)
     metrics, _ = evaluate_greedy(collector, params, tasks, config.rollout.rows, key)
     rows = _rows(config, samples)
     return trainer.number, metrics | evaluate_samples(collector, params, tasks, rows, key, samples)

@@ -10,17 +10,18 @@ import jax
 from rich.console import Console
 
 from ppojax.config import Config
-from ppojax.errors import ExitCode, PpojaxError, Preempted
+from ppojax.errors import CannotWriteError, ExitCode, PpojaxError, Preempted
 from ppojax.runtime.checkpoint import Checkpoints
 from ppojax.runtime.metrics import MetricsLog, read_metrics
 from ppojax.runtime.progress import Progress, summary_table
 from ppojax.runtime.rundir import RunDir
 from ppojax.runtime.signals import StopSignals
 from ppojax.runtime.transcripts import read_transcripts, render_transcript, write_transcripts
-from ppojax.trainer.build import EVALUATE
+from ppojax.trainer.build import EVALUATE, OUTSIDE, purpose_key
 from ppojax.trainer.evaluation import evaluate_greedy
 from ppojax.trainer.trainer import StepOut, Trainer
 
+INTERRUPTED = 130  # what a shell reports for Ctrl-C
 SHOWN = 3  # transcripts printed at the end
 
 
@@ -33,12 +34,15 @@ def train(config: Config, run: RunDir, console: Console) -> None:
     start = time.monotonic()
     with _exit_record(run) as ending:
         trainer = Trainer(config)
-        run.create(resume=config.resume is not False)
-        run.write_config(config.to_yaml())
         with ExitStack() as stack:
             checkpoints = stack.enter_context(Checkpoints(run.checkpoints, config.checkpoint))
+            # Until the old state is known to fit, nothing of an earlier attempt is touched.
+            resumed = _resume(trainer, checkpoints, console)
+            run.create(resume=config.resume is not False)
+            run.write_config(config.to_yaml())
             ending.update(checkpoints=checkpoints, trainer=trainer)
-            _resume_or_warm_start(trainer, checkpoints, console)
+            if not resumed:
+                _warm_start(trainer, console)
             board = run.tensorboard if config.run.tensorboard else None
             log = stack.enter_context(MetricsLog(run.metrics, board, resume_step=trainer.number or -1))
             signals = stack.enter_context(StopSignals())
@@ -47,13 +51,17 @@ def train(config: Config, run: RunDir, console: Console) -> None:
     _report(run, console, time.monotonic() - start)
 
 
-def _resume_or_warm_start(trainer: Trainer, checkpoints: Checkpoints, console: Console) -> None:
+def _resume(trainer: Trainer, checkpoints: Checkpoints, console: Console) -> bool:
     resume = trainer.config.resume
-    if resume and checkpoints.latest() is not None:
-        state, position = checkpoints.restore(None, trainer.state(), strict=resume == "strict")
-        trainer.restore(state, position)
-        console.print(f"resumed after step {trainer.number}")
-        return
+    if resume is False or checkpoints.latest() is None:
+        return False
+    state, position = checkpoints.restore(None, trainer.state(), strict=resume == "strict")
+    trainer.restore(state, position)
+    console.print(f"resumed after step {trainer.number}")
+    return True
+
+
+def _warm_start(trainer: Trainer, console: Console) -> None:
     losses = trainer.warm_start()
     if losses:
         console.print(f"warm start: {len(losses)} supervised steps, loss {losses[0]:.3f} -> {losses[-1]:.3f}")
@@ -82,6 +90,11 @@ def _loop(
         stop = signals.should_stop()
         if done or stop or config.checkpoint.due(out.step):
             checkpoints.save(out.step, trainer.state(), trainer.position(), block=done or stop)
+            if (done or stop) and checkpoints.latest() != out.step:
+                raise CannotWriteError(
+                    f"{run.checkpoints}: the last checkpoint, of step {out.step}, was not written: make room, then "
+                    f"resume=true goes on from step {checkpoints.latest()}"
+                )
         if stop and not done:
             raise Preempted(f"stopped by {signals.received()} after step {out.step}, saved: resume=true goes on")
 
@@ -89,7 +102,7 @@ def _loop(
 def _evaluate(trainer: Trainer, progress: Progress) -> dict[str, float]:
     progress.phase("evaluating")
     config, parts = trainer.config, trainer.parts
-    key = jax.random.fold_in(jax.random.key(config.seed), EVALUATE)
+    key = purpose_key(config.seed, OUTSIDE, EVALUATE)
     params = trainer.states.actor.params
     metrics, _ = evaluate_greedy(parts.collector, params, parts.eval_tasks, config.rollout.rows, key)
     progress.note(
@@ -114,11 +127,15 @@ def _write_transcripts(trainer: Trainer, run: RunDir, out: StepOut) -> None:
 def _exit_record(run: RunDir) -> Iterator[dict]:
     """Write `exit.json` whatever happens, once there is a run directory."""
     ending: dict = {}
-    code, reason, hint = ExitCode.DONE, "done", f"python -m ppojax.evaluate run={run.path}"
+    code: int = ExitCode.DONE
+    reason, hint = "done", f"python -m ppojax.evaluate run={run.path}"
     try:
         yield ending
     except PpojaxError as error:
         code, reason, hint = error.exit_code, str(error), "resume=true goes on from the last checkpoint"
+        raise
+    except KeyboardInterrupt:
+        code, reason, hint = INTERRUPTED, "interrupted", "resume=true goes on from the last checkpoint, if there is one"
         raise
     except BaseException as error:
         code, reason, hint = ExitCode.BUG, repr(error), "a bug in ppojax or in the environment: see the trace"
@@ -140,7 +157,7 @@ def _report(run: RunDir, console: Console, seconds: float) -> None:
         extra["greedy success, held out"] = f"{evaluated[0]['val/success']:.3f} -> {evaluated[-1]['val/success']:.3f}"
     console.print(summary_table(rows[0], rows[-1], extra, names))
     last = run.transcript(int(rows[-1]["step"] or 0))
-    for row in read_transcripts(last)[:SHOWN]:
+    for row in read_transcripts(last)[:SHOWN] if last.exists() else []:
         console.print(render_transcript(row))
     console.print(f"\nmetrics      {run.metrics}\ntranscripts  {run.rollouts}\ncheckpoints  {run.checkpoints}")
     console.print(f"tensorboard  tensorboard --logdir {run.tensorboard}")

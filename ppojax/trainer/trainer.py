@@ -12,20 +12,23 @@ import jax
 import numpy as np
 
 from ppojax.config import Config
-from ppojax.errors import DivergedError
+from ppojax.errors import DataError, DivergedError
 from ppojax.experience.batch import make_batch
 from ppojax.experience.minibatch import minibatches
 from ppojax.experience.pack import layout_of, pack
 from ppojax.experience.score import Scorers, score
 from ppojax.experience.summary import advantage_metrics, rollout_metrics
+from ppojax.models.critic import cut_from_actor
+from ppojax.models.forward import Params
+from ppojax.models.settings import CutCritic
 from ppojax.rollout.tasks import task_stream
 from ppojax.runtime.compiling import compile_metrics
-from ppojax.trainer.build import SAMPLE, States, build
+from ppojax.trainer.build import SAMPLE, States, build, purpose_key
 from ppojax.trainer.warm_start import warm_start
 from ppojax.types import Batch, Layout, Rollout
 from ppojax.update.actor import actor_step
 from ppojax.update.critic import critic_step
-from ppojax.update.state import skipped_in_a_row
+from ppojax.update.state import init_state, skipped_in_a_row
 
 
 @dataclass(frozen=True)
@@ -58,8 +61,7 @@ class Trainer:
         self.parts, self.states = build(config)
         self.stream = task_stream(self.parts.train_tasks, config.rollout.prompts, config.seed)
         self.number = 0  # steps done
-        needs_reference = "logp_ref" in config.loss.needs
-        self.reference = jax.tree.map(lambda p: p.copy(), self.states.actor.params) if needs_reference else None
+        self.reference = self._copy_of_actor()
         self._seconds: dict[str, float] = {}
 
     def warm_start(self) -> list[float]:
@@ -68,6 +70,12 @@ class Trainer:
         if settings is None:
             return []
         self.states.actor, losses = warm_start(self.config, settings, self.parts, self.states.actor)
+        # What was taken from the actor is taken again, from the policy that training starts with.
+        self.reference = self._copy_of_actor()
+        critic = self.config.critic
+        if self.parts.critic is not None and isinstance(critic.model, CutCritic):
+            _, cut = cut_from_actor(self.parts.actor.spec, self.states.actor.params, critic.model.layers)
+            self.states.critic = init_state(self.parts.critic, cut, critic.build_optimizer(), self.parts.mesh)
         return losses
 
     def step(self) -> StepOut:
@@ -79,7 +87,7 @@ class Trainer:
         config, parts, states = self.config, self.parts, self.states
         self._seconds = {}
         start = time.perf_counter()
-        key = jax.random.fold_in(jax.random.fold_in(jax.random.key(config.seed), self.number), SAMPLE)
+        key = purpose_key(config.seed, self.number, SAMPLE)
 
         with self._timed("gen"):
             rollout = parts.collector(states.actor.params, next(self.stream), key)
@@ -123,14 +131,32 @@ class Trainer:
 
     def position(self) -> dict[str, Any]:
         """The rest of what a checkpoint holds, as JSON: randomness needs only the seed and the step."""
-        return {"step": self.number, "tasks": self.stream.get_state(), "tokenizer": self.parts.tokenizer.fingerprint()}
+        return {"step": self.number, "tasks": self.stream.get_state(), **self._identity()}
+
+    def _identity(self) -> dict[str, Any]:
+        return {"seed": self.config.seed, "tokenizer": self.parts.tokenizer.fingerprint()}
 
     def restore(self, state: dict[str, Any], position: dict[str, Any]) -> None:
-        """Go back to where `state()` and `position()` were taken."""
+        """Go back to where `state()` and `position()` were taken.
+
+        Raises:
+            DataError: they were taken with another seed or another tokenizer.
+        """
+        for name, here in self._identity().items():
+            if position[name] != here:
+                raise DataError(
+                    f"resume: the checkpoint was written with {name} {position[name]}, this run has {here}: "
+                    f"use the same {name}, or start another run.name"
+                )
         self.states = States(state["actor"], state["critic"])
         self.reference = state["reference"]
         self.number = position["step"]
         self.stream.set_state(position["tasks"])
+
+    def _copy_of_actor(self) -> Params | None:
+        if "logp_ref" not in self.config.loss.needs:
+            return None
+        return jax.tree.map(lambda p: p.copy(), self.states.actor.params)
 
     def _scorers(self) -> Scorers:
         params = self.states.actor.params
@@ -142,14 +168,15 @@ class Trainer:
         )
 
     def _update_critic(self, batch: Batch, layout: Layout) -> dict[str, float]:
-        config, parts, state, done = self.config, self.parts, self.states.critic, []
-        assert state is not None and parts.critic is not None
+        config, parts, done = self.config, self.parts, []
+        assert parts.critic is not None
         for epoch in range(config.update.epochs * config.critic.updates):
             for minibatch in minibatches(
-                batch, config.update.minibatches, (config.seed, self.number, epoch, 1), layout.group
+                batch, config.update.minibatches, (config.seed, self.number, epoch, 1), layout.group, parts.mesh
             ):
-                state, metrics = critic_step(
-                    state,
+                assert self.states.critic is not None
+                self.states.critic, metrics = critic_step(
+                    self.states.critic,
                     minibatch,
                     model=parts.critic,
                     config=config.critic,
@@ -158,15 +185,15 @@ class Trainer:
                     mesh=parts.mesh,
                 )
                 done.append(metrics)
-        self.states.critic = state
-        self._check_finite("critic", skipped_in_a_row(state))
+        assert self.states.critic is not None
+        self._check_finite("critic", skipped_in_a_row(self.states.critic))
         return _average(done)
 
     def _update_actor(self, batch: Batch, layout: Layout) -> dict[str, float]:
         config, parts, done = self.config, self.parts, []
         for epoch in range(config.update.epochs):
             for minibatch in minibatches(
-                batch, config.update.minibatches, (config.seed, self.number, epoch, 0), layout.group
+                batch, config.update.minibatches, (config.seed, self.number, epoch, 0), layout.group, parts.mesh
             ):
                 self.states.actor, metrics = actor_step(
                     self.states.actor,

@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from ppojax.config import Config
-from ppojax.errors import DataError
+from ppojax.errors import DataError, DivergedError
 from ppojax.experience.pack import pack
 from ppojax.losses import NLL
 from ppojax.rollout.demonstrate import demonstrate
@@ -15,7 +15,7 @@ from ppojax.trainer.build import Parts
 from ppojax.types import Batch, Layout, TrainState
 from ppojax.update.actor import actor_step
 from ppojax.update.settings import WarmStartConfig
-from ppojax.update.state import init_state
+from ppojax.update.state import init_state, skipped_in_a_row
 
 
 def warm_start(
@@ -25,9 +25,10 @@ def warm_start(
 
     Raises:
         DataError: a demonstration has more tokens than the policy may write.
+        DivergedError: the last update was refused because its gradient was not finite.
     """
     rng = np.random.default_rng((config.seed, settings.steps))
-    stream = task_stream(parts.train_tasks, settings.rows, config.seed + 1)
+    stream = task_stream(parts.train_tasks, settings.rows, config.seed ^ 1)
     state = init_state(parts.actor, state.params, settings.optimizer.build(), parts.mesh)
     actions = config.env.max_turns * config.rollout.max_turn_tokens
     losses = []
@@ -58,4 +59,8 @@ def warm_start(
             mesh=parts.mesh,
         )
         losses.append(metrics["actor/loss"])
+    if skipped_in_a_row(state):
+        raise DivergedError(
+            "warm_start: gradients were not finite at its end: lower warm_start.optimizer.learning_rate"
+        )
     return init_state(parts.actor, state.params, config.actor.optimizer.build(), parts.mesh), [float(x) for x in losses]

@@ -15,14 +15,14 @@ from ppojax.types import Batch, LossOut, Metrics
 
 def gradients(
     loss: Callable[[Params, Batch], LossOut], params: Params, batch: Batch, microbatch_rows: int, group: int = 1
-) -> tuple[Params, jax.Array, Metrics]:
+) -> tuple[Params, jax.Array, jax.Array, Metrics]:
     """Differentiate sum / weight over the whole minibatch.
 
     Sums and weights of the parts are added up before the one division, so neither the loss nor its gradient depends
     on how the rows are cut into microbatches (`group` consecutive rows stay together). Gradients accumulate in float32.
 
     Returns:
-        Gradients, the loss, and the metrics of the whole minibatch.
+        Gradients, the loss, its weight, and the metrics of the whole minibatch.
     """
 
     def part(params: Params, rows: Batch) -> tuple[jax.Array, tuple[jax.Array, Metrics]]:
@@ -45,4 +45,4 @@ def gradients(
         (grads, total, weight), stacked = jax.lax.scan(step, zeros, parts)
         metrics = reduce_parts(stacked)
     scale = jnp.where(weight > 0, 1.0 / jnp.maximum(weight, 1e-9), 0.0)
-    return jax.tree.map(lambda g: g * scale, grads), total * scale, metrics
+    return jax.tree.map(lambda g: g * scale, grads), total * scale, weight, metrics

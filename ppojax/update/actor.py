@@ -51,10 +51,10 @@ def actor_step(
         out = loss(stats, rows)
         return out._replace(metrics={**out.metrics, **mismatch(stats, rows)})
 
-    grads, value, metrics = gradients(objective, state.params, batch, microbatch_rows, layout.group)
+    grads, value, weight, metrics = gradients(objective, state.params, batch, microbatch_rows, layout.group)
     transform = optimizer.build()
     rate = optimizer.learning_rate_at(state.step)
-    state, applied = apply_gradients(state, grads, transform, state_shardings(model, transform, mesh))
+    state, applied = apply_gradients(state, grads, weight, transform, state_shardings(model, transform, mesh))
     one = jnp.float32(1)
     metrics |= {"actor/loss": Mean(value, one), "actor/lr": Mean(rate, one)}
     return state, finish(metrics | {f"actor/{name}": m for name, m in applied.items()})

@@ -31,10 +31,10 @@ def critic_step(
     def objective(params: Params, rows: Batch) -> LossOut:
         return config.loss(values(model, params, rows.experience, layout), rows)
 
-    grads, value, metrics = gradients(objective, state.params, batch, microbatch_rows, layout.group)
+    grads, value, weight, metrics = gradients(objective, state.params, batch, microbatch_rows, layout.group)
     transform = config.build_optimizer()
     rate = config.optimizer.learning_rate_at(state.step)
-    state, applied = apply_gradients(state, grads, transform, state_shardings(model, transform, mesh))
+    state, applied = apply_gradients(state, grads, weight, transform, state_shardings(model, transform, mesh))
     one = jnp.float32(1)
     metrics |= {"critic/loss": Mean(value, one), "critic/lr": Mean(rate, one)}
     return state, finish(metrics | {f"critic/{name}": m for name, m in applied.items()})

@@ -38,18 +38,28 @@ def init_state(
 
 
 def apply_gradients(
-    state: TrainState, grads: Params, optimizer: optax.GradientTransformation, shardings: TrainState
+    state: TrainState,
+    grads: Params,
+    weight: jax.Array,
+    optimizer: optax.GradientTransformation,
+    shardings: TrainState,
 ) -> tuple[TrainState, Metrics]:
-    """Take one optimizer step; leave parameters, moments and schedule untouched if a gradient is not finite."""
+    """Take one optimizer step.
+
+    Parameters, moments and schedule stay as they are, to the bit, if a gradient is not finite (which is counted), or
+    if nothing in the minibatch had any weight (where stale momentum alone would move them).
+    """
     chex.assert_trees_all_equal_shapes_and_dtypes(grads, state.params)
     norm = optax.tree.norm(grads)
     finite = jnp.isfinite(norm)
     updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
     params = optax.apply_updates(state.params, updates)
     in_all, in_a_row = state.skipped
-    skipped = jnp.where(finite, jnp.stack([in_all, jnp.zeros_like(in_a_row)]), state.skipped + 1)
+    applied = finite & (weight > 0)
+    good = jnp.stack([in_all, jnp.where(applied, jnp.zeros_like(in_a_row), in_a_row)])
+    skipped = jnp.where(finite, good, state.skipped + 1)
     new = TrainState(params, opt_state, state.step + 1, skipped)
-    new = jax.tree.map(lambda a, b: jnp.where(finite, a, b), new, state._replace(skipped=skipped))
+    new = jax.tree.map(lambda a, b: jnp.where(applied, a, b), new, state._replace(skipped=skipped))
     one = jnp.float32(1)
     metrics: Metrics = {"grad_norm": Mean(norm, one), "skipped": Mean(1 - finite.astype(jnp.float32), one)}
     return jax.lax.with_sharding_constraint(new, shardings), metrics

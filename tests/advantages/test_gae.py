@@ -6,10 +6,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from small_batch import experience_of
 
 from ppojax.advantages import GAE
 from ppojax.types import Ending, Experience
+from small_batch import experience_of
 
 RULES = ("skip", "zero", "dense")
 TRUNCATIONS = ("bootstrap", "zero", "mask_out")

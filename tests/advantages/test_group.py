@@ -6,9 +6,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from small_batch import experience_of
 
 from ppojax.advantages import Group
+from small_batch import experience_of
 
 
 def rows(returns, group, valid=None, **kwargs):

@@ -14,6 +14,8 @@ from ppojax.experience.minibatch import join_rows, minibatches, split_rows, take
 from ppojax.mesh import MeshConfig
 from ppojax.types import Batch, Experience
 
+MESH = MeshConfig().build()
+
 
 def numbered(prompts: int, group: int, mesh: MeshConfig | None = None) -> Batch:
     """A batch of which every array says the number of its row."""
@@ -80,7 +82,7 @@ def test_a_part_keeps_every_device_busy_with_its_own_rows() -> None:
 @pytest.mark.parametrize(("count", "group"), [(1, 1), (2, 1), (4, 2), (2, 4), (8, 1)])
 def test_minibatches_are_a_shuffle_of_whole_groups(count: int, group: int) -> None:
     batch = numbered(8 // group, group)
-    dealt = [rows_in(part) for part in minibatches(batch, count, (0, 1, 2), group)]
+    dealt = [rows_in(part) for part in minibatches(batch, count, (0, 1, 2), group, MESH)]
     assert [len(rows) for rows in dealt] == [8 // count] * count
     flat = [row for rows in dealt for row in rows]
     assert sorted(flat) == list(range(8))
@@ -92,11 +94,19 @@ def test_the_shuffle_follows_from_the_seed() -> None:
     batch = numbered(8, 1)
 
     def order(*seed: int) -> list[int]:
-        return [row for part in minibatches(batch, 4, seed) for row in rows_in(part)]
+        return [row for part in minibatches(batch, 4, seed, 1, MESH) for row in rows_in(part)]
 
     assert order(0, 1, 2, 0) == order(0, 1, 2, 0)
     assert len({tuple(order(0, step, epoch, who)) for step in range(2) for epoch in range(2) for who in range(2)}) == 8
 
 
 def test_taking_rows_takes_them_everywhere() -> None:
-    assert rows_in(take_rows(numbered(4, 2), jnp.asarray([5, 0, 5]))) == [5, 0, 5]
+    assert rows_in(take_rows(numbered(4, 2), jnp.asarray([5, 0, 5]), mesh=MESH)) == [5, 0, 5]
+
+
+def test_minibatches_lie_over_the_mesh_as_their_batch_does() -> None:
+    config = MeshConfig(data=2, fsdp=2)
+    batch = numbered(8, 1, config)
+    for part in minibatches(batch, 2, (0,), 1, config.build()):
+        assert part.experience.token_BT.sharding.is_equivalent_to(batch.experience.token_BT.sharding, 2)
+        assert {shard.data.shape[1] for shard in part.experience.value_MBT.addressable_shards} == {1}

@@ -92,5 +92,13 @@ def test_rollout_metrics() -> None:
         "num_turns/mean": 1.0,
         "error/frac": pytest.approx(0.2),
     }
-    failed = rollout_metrics(rows[-1:])
-    assert failed["error/frac"] == 1.0 and failed["reward/mean"] == 0.0
+    assert rollout_metrics(rows[-1:]) == {"error/frac": 1.0}  # no reward is not a reward of 0
+
+
+def test_turns_are_those_of_the_policy_and_clipped_ones_count() -> None:
+    """Messages of an example in the prompt are nobody's turns; a turn at its limit counts however the row ended."""
+    plain = row(1.0, 4, 3, 0, Ending.TERMINATED)
+    action = np.array([0, 0, 1, 1, 0, 1, 1], bool)
+    two = Row(**{**vars(plain), "action": action, "messages": [{"role": "assistant", "content": ""}] * 9})
+    got = rollout_metrics([two, Row(**{**vars(plain), "clipped": True})])
+    assert got["num_turns/mean"] == 1.5 and got["response_length/clip_ratio"] == 0.5

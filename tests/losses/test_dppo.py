@@ -7,10 +7,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from pydantic import ValidationError
-from small_batch import experience_of, rows_of, token_row
 
 from ppojax.losses import DPPO, Aggregation, KLPenalty
 from ppojax.types import Batch, LossOut, TokenStats
+from small_batch import experience_of, rows_of, token_row
 
 # Token:         rises far  rises a bit  falls far  falls a bit  comes back  comes back
 MU = np.asarray([0.20,      0.40,        0.80,      0.50,        0.20,       0.80])  # fmt: skip

@@ -6,10 +6,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from pydantic import TypeAdapter
-from small_batch import experience_of
 
 from ppojax.losses import DPPO, NLL, Loss, PPOClip
 from ppojax.types import Batch, TokenStats
+from small_batch import experience_of
 
 
 def test_by_hand():

@@ -6,10 +6,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from small_batch import experience_of, token_row
 
 from ppojax.losses import PPOClip
 from ppojax.types import Batch, TokenStats
+from small_batch import experience_of, token_row
 
 RATIO = np.asarray([1.1, 1.5, 0.5, 0.9, 0.5, 4.0])
 A = np.asarray([2.0, 1.0, 1.0, -1.0, -2.0, -3.0])

@@ -6,10 +6,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from small_batch import experience_of, rows_of
 
 from ppojax.losses import ValueLoss
 from ppojax.types import Batch
+from small_batch import experience_of, rows_of
 
 OLD = np.asarray([[[0.0, 0.0, 0.0, 9.0]], [[1.0, 1.0, 1.0, 9.0]]])
 TARGET = np.asarray([[[1.0, 1.0, -1.0, 9.0]], [[2.0, 0.0, 1.0, 9.0]]])

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from ppojax.advantages import Group
-from ppojax.envs import Task
+from ppojax.envs import Reset, Task
 from ppojax.errors import DataError
 from ppojax.experience.pack import pack
 from ppojax.experience.summary import rollout_metrics
@@ -18,7 +18,7 @@ from ppojax.rollout import collect
 from ppojax.rollout.collect import Collector
 from ppojax.rollout.sampler import Turn
 from ppojax.types import Ending, Rollout, Row
-from tiny_model import TOKENIZER, bits, collector_of, random_policy, scripted_task, speaker
+from tiny_model import TOKENIZER, Scripted, ScriptedEnv, bits, collector_of, random_policy, scripted_task, speaker
 
 KEY = jax.random.key(0)
 TASKS = [
@@ -191,3 +191,53 @@ def test_the_same_key_plays_the_same_episodes() -> None:
         np.testing.assert_array_equal(x.token, y.token)
         np.testing.assert_array_equal(bits(x.logp_behavior), bits(y.logp_behavior))
     assert any(not np.array_equal(x.token, y.token) for x, y in zip(a, other, strict=True))
+
+
+class Odd(ScriptedEnv):
+    """Starts as its task says: it raises, or adds its own number to the prompt."""
+
+    made = 0
+
+    def reset(self, task: Task) -> Reset:
+        Odd.made += 1
+        if task.data["prompt"] == "dead" or (task.data["prompt"] == "fade" and Odd.made % 2):
+            raise OSError
+        if task.data["prompt"] == "vary":
+            return Reset([{"role": "user", "content": str(Odd.made)}])
+        return super().reset(task)
+
+
+def odd_collector(monkeypatch: pytest.MonkeyPatch) -> Collector:
+    monkeypatch.setattr(Scripted, "make", lambda self: Odd())
+    Odd.made = 0
+    return collector_of(group_size=2)
+
+
+def test_a_reset_that_fails_ends_its_own_episode_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The failed row keeps the group's prompt, and whole groups may fail."""
+    collector = odd_collector(monkeypatch)
+    failing = Task("fail", {"prompt": "fade", "turns": (("done", 1.0),)})
+    rows = collector(random_policy(), [failing, TASKS[2]], KEY).rows
+    assert [row.ending for row in rows] == [Ending.ERROR, Ending.TERMINATED, Ending.TRUNCATED, Ending.TRUNCATED]
+    assert rows[0].info["error"] == "OSError" and not rows[0].action.any()
+    np.testing.assert_array_equal(rows[0].token, rows[1].token[: len(rows[0].token)])
+    both = Task("both", {"prompt": "dead", "turns": (("done", 1.0),)})
+    rows = collector(random_policy(), [both, TASKS[2]], KEY).rows
+    assert [row.ending for row in rows] == [Ending.ERROR] * 2 + [Ending.TRUNCATED] * 2
+
+
+def test_prompts_of_a_group_must_agree(monkeypatch: pytest.MonkeyPatch) -> None:
+    task = Task("vary", {"prompt": "vary", "turns": (("done", 1.0),)})
+    with pytest.raises(DataError, match=r"task vary: its environment starts the episodes of a group differently: make"):
+        odd_collector(monkeypatch)(random_policy(), [task], KEY)
+
+
+@pytest.mark.parametrize("reward", [float("nan"), float("inf"), None])
+def test_a_reward_that_is_no_number_ends_its_episode_as_an_error(reward: float) -> None:
+    rows = collector_of(group_size=1)(random_policy(), [scripted_task("1?", ("done", reward))], KEY).rows
+    assert rows[0].ending == Ending.ERROR and not rows[0].reward.any()
+
+
+def test_an_observation_that_cannot_be_written_ends_its_episode_as_an_error() -> None:
+    rows = collector_of(group_size=1)(random_policy(), [scripted_task("1?", ("\u2603", 0.5), ("done", 1.0))], KEY).rows
+    assert rows[0].ending == Ending.ERROR and rows[0].info["error"] == "DataError"

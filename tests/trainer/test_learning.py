@@ -17,7 +17,7 @@ CONFIG = Path(__file__).parents[2] / "configs" / "tiny.yaml"
 
 def test_tiny_learns_the_tool_call() -> None:
     """From one success in three or less to over three in four; the critic explains returns before rewards settle."""
-    config = Config.load(f"config={CONFIG}", "steps=12")
+    config = Config.load(f"config={CONFIG}")
     trainer = Trainer(config)
     losses = trainer.warm_start()
     assert losses[-1] < 0.2 * losses[0]

@@ -122,6 +122,23 @@ def test_gradients_that_are_not_finite_stop_the_run() -> None:
         np.testing.assert_array_equal(a, b)
 
 
+def test_after_a_warm_start_the_critic_is_cut_from_the_warm_policy() -> None:
+    trainer = Trainer(tiny("warm_start.steps=3", "loss.kl.coefficient=0.1"))
+    cold = jax.device_get(trainer.states.actor.params)
+    trainer.warm_start()
+    actor, critic = trainer.states.actor.params, trainer.states.critic
+    assert critic is not None and not same(actor["embed"], cold["embed"])
+    assert same(critic.params["trunk"]["embed"], actor["embed"]) and same(trainer.reference, actor)
+    assert same(critic.params["trunk"]["layers"], jax.tree.map(lambda x: x[:1], actor["layers"]))
+
+
+@pytest.mark.parametrize("name", ["seed", "tokenizer"])
+def test_another_run_s_state_is_refused(name: str) -> None:
+    trainer = Trainer(tiny())
+    with pytest.raises(DataError, match=rf"resume: the checkpoint was written with {name} 7, this run has "):
+        trainer.restore(trainer.state(), trainer.position() | {name: 7})
+
+
 def test_warm_start_fits_and_starts_the_optimizer_anew() -> None:
     trainer = Trainer(tiny("warm_start.steps=8"))
     losses = trainer.warm_start()
