@@ -202,7 +202,7 @@ class Decoder(nnx.Module):
             attention = causal_attention(position_BT, 0 if cache is None else cache.k.shape[2])
         else:
             attention = packed_attention(position_BT, packing)
-        turn = rotary(position_BT, self.spec.head_width, self.spec.rope_theta)
+        turn = rotary(position_BT, self.spec.head_width, self.spec.rope.theta)
         graphdef, state = nnx.split(self.layers)
 
         def block(x: jax.Array, layer: tuple[nnx.State, KeyValue | None]) -> tuple[jax.Array, KeyValue]:

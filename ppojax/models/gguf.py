@@ -11,7 +11,7 @@ import numpy as np
 
 from ppojax.errors import DataError
 from ppojax.models.llama import Params, assemble
-from ppojax.models.spec import DecoderSpec
+from ppojax.models.spec import DecoderSpec, RopeSpec
 
 _SCALARS = {0: "<B", 1: "<b", 2: "<H", 3: "<h", 4: "<I", 5: "<i", 6: "<f", 7: "<?", 10: "<Q", 11: "<q", 12: "<d"}
 _STRING, _ARRAY = 8, 9
@@ -141,7 +141,7 @@ def _spec(header: GGUFHeader) -> DecoderSpec:
         head_width=header.fields.get("llama.attention.key_length", width // heads),
         ffn=header.field("llama.feed_forward_length", int),
         vocab=len(header.field("tokenizer.ggml.tokens", list)),
-        rope_theta=header.fields.get("llama.rope.freq_base", 10_000.0),
+        rope=RopeSpec(theta=header.fields.get("llama.rope.freq_base", 10_000.0)),
         # The file keeps a float32 (9.999999747e-06 for 1e-5); the shortest decimal of that float is what was meant.
         norm_eps=float(str(np.float32(header.field("llama.attention.layer_norm_rms_epsilon", float)))),
         tied="output.weight" not in header.tensors,

@@ -12,7 +12,7 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 
 from ppojax.errors import DataError
-from ppojax.models.spec import DecoderSpec
+from ppojax.models.spec import DecoderSpec, RopeSpec
 
 Params = dict[str, Any]
 
@@ -204,7 +204,7 @@ def _spec(folder: Path) -> DecoderSpec:
             head_width=config.get("head_dim") or width // heads,
             ffn=config["intermediate_size"],
             vocab=config["vocab_size"],
-            rope_theta=float(rope.get("rope_theta", config.get("rope_theta", 10_000.0))),
+            rope=RopeSpec(theta=float(rope.get("rope_theta", config.get("rope_theta", 10_000.0)))),
             norm_eps=config.get("rms_norm_eps", 1e-6),
             tied=config.get("tie_word_embeddings", False),
         )

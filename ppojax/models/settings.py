@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 from pydantic import Field
 
 from ppojax.component import Component
-from ppojax.models.spec import DecoderSpec, Remat
+from ppojax.models.spec import DecoderSpec, Remat, RopeSpec
 
 Dtype = Literal["float32", "bfloat16"]  # float16 needs loss scaling, which is not here yet
 
@@ -33,7 +33,7 @@ class FreshSpec(Component):
             head_width=self.width // self.heads,
             ffn=self.ffn,
             vocab=vocab,
-            rope_theta=self.rope_theta,
+            rope=RopeSpec(theta=self.rope_theta),
             tied=self.tied,
         )
 

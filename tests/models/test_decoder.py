@@ -9,10 +9,10 @@ import pytest
 
 from ppojax.models.forward import ModelDef, Params, head_VD, hidden_states, init, positions
 from ppojax.models.linear import linear
-from ppojax.models.spec import DecoderSpec, Remat
+from ppojax.models.spec import DecoderSpec, Remat, RopeSpec
 
 SPEC = DecoderSpec(
-    layers=2, width=24, heads=6, kv_heads=2, head_width=4, ffn=20, vocab=30, rope_theta=500.0, norm_eps=1e-3
+    layers=2, width=24, heads=6, kv_heads=2, head_width=4, ffn=20, vocab=30, rope=RopeSpec(theta=500.0), norm_eps=1e-3
 )
 TOKEN_BT = np.random.default_rng(0).integers(0, 30, (2, 11))
 
@@ -49,8 +49,8 @@ def by_hand(spec: DecoderSpec, p: Params, token_T: np.ndarray) -> tuple[np.ndarr
         attended = np.zeros((len(token_T), spec.heads * F))
         for head in range(spec.heads):
             group = head // shared
-            q_TF = np.array([turned(q[t, head * F :][:F], t, spec.rope_theta) for t in range(len(token_T))])
-            k_TF = np.array([turned(k[t, group * F :][:F], t, spec.rope_theta) for t in range(len(token_T))])
+            q_TF = np.array([turned(q[t, head * F :][:F], t, spec.rope.theta) for t in range(len(token_T))])
+            k_TF = np.array([turned(k[t, group * F :][:F], t, spec.rope.theta) for t in range(len(token_T))])
             for t in range(len(token_T)):
                 score = k_TF[: t + 1] @ q_TF[t] / np.sqrt(F)
                 weight = np.exp(score - score.max())

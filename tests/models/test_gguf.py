@@ -9,10 +9,19 @@ import pytest
 from ppojax.errors import DataError
 from ppojax.models.gguf import read_gguf, read_header
 from ppojax.models.smollm2 import find_smollm2
-from ppojax.models.spec import DecoderSpec
+from ppojax.models.spec import DecoderSpec, RopeSpec
 
 SPEC = DecoderSpec(
-    layers=2, width=64, heads=4, kv_heads=2, head_width=16, ffn=96, vocab=40, rope_theta=5e4, norm_eps=1e-5, tied=True
+    layers=2,
+    width=64,
+    heads=4,
+    kv_heads=2,
+    head_width=16,
+    ffn=96,
+    vocab=40,
+    rope=RopeSpec(theta=5e4),
+    norm_eps=1e-5,
+    tied=True,
 )
 Q4_1, Q8_0, F16, F32 = (gguf.GGMLQuantizationType[n] for n in ("Q4_1", "Q8_0", "F16", "F32"))
 
@@ -58,7 +67,7 @@ def write(path, tensors, *, kind=F32, arch="llama", scaling=None, spec=SPEC):
     writer.add_feed_forward_length(spec.ffn)
     writer.add_head_count(spec.heads)
     writer.add_head_count_kv(spec.kv_heads)
-    writer.add_rope_freq_base(spec.rope_theta)
+    writer.add_rope_freq_base(spec.rope.theta)
     writer.add_layer_norm_rms_eps(spec.norm_eps)
     writer.add_token_list([f"t{n}" for n in range(spec.vocab)])
     if scaling:

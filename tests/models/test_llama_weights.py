@@ -11,10 +11,19 @@ from safetensors.numpy import save_file
 from ppojax.errors import DataError
 from ppojax.models.llama import file_shapes, read_hf
 from ppojax.models.smollm2 import find_smollm2
-from ppojax.models.spec import DecoderSpec
+from ppojax.models.spec import DecoderSpec, RopeSpec
 
 SPEC = DecoderSpec(
-    layers=2, width=8, heads=4, kv_heads=2, head_width=2, ffn=12, vocab=20, rope_theta=5e4, norm_eps=1e-6, tied=True
+    layers=2,
+    width=8,
+    heads=4,
+    kv_heads=2,
+    head_width=2,
+    ffn=12,
+    vocab=20,
+    rope=RopeSpec(theta=5e4),
+    norm_eps=1e-6,
+    tied=True,
 )
 NAMES = {
     "attn_norm": "input_layernorm",
