@@ -57,6 +57,7 @@ class ChatTemplate:
                 f"chat template: {len(source)} characters, expected at most {MAX_TEMPLATE_CHARS}; shorten the template"
             )
         self.source = source
+        self.bos_token = bos_token
         self._tokens = {"bos_token": bos_token, "eos_token": eos_token, "pad_token": pad_token}
         self._steps_left = 0
         sandbox = _Sandbox(trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols, _Generation])

@@ -16,7 +16,8 @@ from ppojax.models.llama import read_hf
 from ppojax.models.settings import CriticModelConfig, CutCritic, FreshCritic, ModelConfig
 from ppojax.models.smollm2 import find_smollm2
 from ppojax.models.spec import DecoderSpec
-from ppojax.models.tokenizer import Tokenizer, char_tokenizer, tokenizer_from_gguf, tokenizer_from_hf
+from ppojax.models.tokenizer import Tokenizer, char_tokenizer
+from ppojax.models.tokenizer_files import tokenizer_from_gguf, tokenizer_from_hf
 
 HUB_FILES = ("*.json", "*.safetensors", "*.jinja")
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -20,8 +20,7 @@ from tokenizers import AddedToken, Regex, decoders, models, pre_tokenizers
 
 from ppojax.errors import DataError
 from ppojax.models.chat import ChatTemplate
-from ppojax.models.gguf import read_header
-from ppojax.models.llama import read_json
+from ppojax.models.markers import Markers, strings_of
 from ppojax.types import Messages
 
 ROLES = ("system", "user", "assistant", "tool")
@@ -65,9 +64,9 @@ class Tokenizer:
         self._special = {i: t for i, t in added.items() if t.special}
         # Runs of spaces and single characters are added for compression and mark nothing.
         words = {i: t for i, t in added.items() if not t.special and len(t.content.strip()) > 1}
-        self._all_markers = _Markers(self._special | words)
-        self._special_markers = _Markers(self._special)
-        self._word_markers = _Markers(words)
+        self._all_markers = Markers(self._special | words)
+        self._special_markers = Markers(self._special)
+        self._word_markers = Markers(words)
         self.vocab_size = max(tokenizer.get_vocab(with_added_tokens=True).values()) + 1
         self._skip_closing, end_of_turn = self._check_template(eos_ids)
         self.eos_ids: tuple[int, ...] = tuple(dict.fromkeys([*end_of_turn, *eos_ids]))
@@ -122,11 +121,43 @@ class Tokenizer:
         parts = [vocabulary, sorted(self._special), self.eos_ids, self.pad_id, self._template.source, self._probe]
         return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
+    def save(self, folder: Path | str) -> None:
+        """Write the tokenizer as a Hugging Face folder: what `tokenizer_from_hf` and transformers read.
+
+        `tokenizer.json`, `tokenizer_config.json`, `chat_template.jinja`, and `generation_config.json` with the tokens
+        that end a turn. The template is the one that rows are written with, be it the model's own or a training
+        variant. Raises DataError when the folder cannot be written.
+        """
+        folder = Path(folder)
+        eos, pad = (self._full.id_to_token(i) for i in (self.eos_ids[0], self.pad_id))
+        config = {
+            "tokenizer_class": "PreTrainedTokenizerFast",
+            "clean_up_tokenization_spaces": False,
+            "bos_token": self._template.bos_token or None,
+            "eos_token": eos,
+            "pad_token": pad,
+        }
+        generation = {"eos_token_id": list(self.eos_ids), "pad_token_id": self.pad_id}
+        files = {
+            "tokenizer.json": self._full.to_str(),
+            "tokenizer_config.json": json.dumps(config, indent=2) + "\n",
+            "chat_template.jinja": self._template.source,
+            "generation_config.json": json.dumps(generation, indent=2) + "\n",
+        }
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            for name, text in files.items():
+                (folder / name).write_text(text, encoding="utf-8", newline="\n")
+        except OSError as error:
+            raise DataError(
+                f"{folder}: the tokenizer cannot be written ({error.strerror}); give another folder"
+            ) from error
+
     @cached_property
     def _probe(self) -> list[int]:
         return self.encode("".join(c for c in _PROBE if self._alphabet is None or c in self._alphabet))
 
-    def _cut(self, text: str, markers: _Markers, mark: str) -> list[int]:
+    def _cut(self, text: str, markers: Markers, mark: str) -> list[int]:
         """Encode text with markers as their ids and everything between them as plain text."""
         ids: list[int] = []
         for piece in markers.split(text):
@@ -148,10 +179,10 @@ class Tokenizer:
         self, messages: Messages, tools: Sequence[dict[str, Any]]
     ) -> tuple[Messages, list[dict[str, Any]], str]:
         """Break up every marker inside the messages' strings with a text that occurs nowhere in them."""
-        runs = (len(run) for s in _strings([*messages, *tools]) for run in re.findall(f"{_BREAK}+", s))
+        runs = (len(run) for s in strings_of([*messages, *tools]) for run in re.findall(f"{_BREAK}+", s))
         mark = _BREAK * (max(runs, default=0) + 1)
 
-        def broken(value: Any, markers: _Markers) -> Any:
+        def broken(value: Any, markers: Markers) -> Any:
             if isinstance(value, str):
                 return markers.break_up(value, mark)
             if isinstance(value, dict):
@@ -186,44 +217,6 @@ class Tokenizer:
         ids = self._cut(closing, self._all_markers, "")
         known = [n for n, i in enumerate(ids) if i in eos_ids] or [n for n, i in enumerate(ids) if i in self._special]
         return (known[0] + 1, [ids[known[0]]]) if known else (0, [])
-
-
-class _Markers:
-    """Added tokens, as a pattern over text."""
-
-    def __init__(self, tokens: dict[int, AddedToken]) -> None:
-        ordered = sorted(tokens.items(), key=lambda item: -len(item[1].content))
-        self._ids = [i for i, _ in ordered]
-        # One group a token; those that swallow spaces do so outside of it.
-        forms = [
-            (r"\s*" if t.lstrip else "") + f"({re.escape(t.content)})" + (r"\s*" if t.rstrip else "")
-            for _, t in ordered
-        ]
-        self._pattern = re.compile("|".join(forms) or r"(?!)")
-
-    def split(self, text: str) -> Iterator[str | int]:
-        """Cut text at its markers; texts between them and ids of markers alternate."""
-        at = 0
-        for match in self._pattern.finditer(text):
-            yield text[at : match.start()]
-            assert match.lastindex is not None
-            yield self._ids[match.lastindex - 1]
-            at = match.end()
-        yield text[at:]
-
-    def break_up(self, text: str, mark: str) -> str:
-        """Put a mark behind each character of each marker."""
-        return self._pattern.sub(lambda m: "".join(c + mark for c in m.group()), text)
-
-
-def _strings(value: Any) -> Iterator[str]:
-    if isinstance(value, str):
-        yield value
-    elif isinstance(value, dict):
-        yield from _strings(list(value.values()))
-    elif isinstance(value, list | tuple):
-        for item in value:
-            yield from _strings(item)
 
 
 def _without_added_tokens(tokenizer: tokenizers.Tokenizer) -> tokenizers.Tokenizer:
@@ -268,80 +261,3 @@ def char_tokenizer(alphabet: Iterable[str]) -> Tokenizer:
     tokenizer.decoder = decoders.Fuse()
     tokenizer.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in specials])
     return Tokenizer(tokenizer, ChatTemplate(_CHAR_TEMPLATE), eos_ids=(1,), pad_id=0)
-
-
-def tokenizer_from_gguf(path: Path | str) -> Tokenizer:
-    """Build the tokenizer that a GGUF file describes (byte-level BPE with SmolLM's splitting of digits).
-
-    Raises DataError when the file describes another kind of tokenizer or has no chat template.
-    """
-    header = read_header(path)
-    kind = (header.field("tokenizer.ggml.model", str), header.field("tokenizer.ggml.pre", str))
-    if kind != ("gpt2", "smollm"):
-        raise DataError(f"{path}: tokenizer {kind}, expected ('gpt2', 'smollm'); use the model's Hugging Face folder")
-    tokens = header.field("tokenizer.ggml.tokens", list)
-    kinds = header.field("tokenizer.ggml.token_type", list)
-    merges = [tuple(m.split(" ")) for m in header.field("tokenizer.ggml.merges", list)]
-    tokenizer = tokenizers.Tokenizer(models.BPE({token: i for i, token in enumerate(tokens)}, merges))
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-        [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
-    )
-    tokenizer.decoder = decoders.ByteLevel()
-    # GGUF token types: 3 control, 4 user-defined.
-    tokenizer.add_special_tokens(
-        [AddedToken(t, special=True, normalized=False) for t, k in zip(tokens, kinds, strict=True) if k == 3]
-    )
-    tokenizer.add_tokens([AddedToken(t, normalized=False) for t, k in zip(tokens, kinds, strict=True) if k == 4])
-    eos = header.field("tokenizer.ggml.eos_token_id", int)
-    pad = header.fields.get("tokenizer.ggml.padding_token_id", eos)
-    bos = header.fields.get("tokenizer.ggml.bos_token_id", eos)
-    template = ChatTemplate(
-        header.field("tokenizer.chat_template", str),
-        bos_token=tokens[bos],
-        eos_token=tokens[eos],
-        pad_token=tokens[pad],
-    )
-    end_of_text = [i for i, t in enumerate(tokens[:64]) if t == "<|endoftext|>"]
-    return Tokenizer(tokenizer, template, eos_ids=(eos, *end_of_text), pad_id=pad)
-
-
-def tokenizer_from_hf(folder: Path | str) -> Tokenizer:
-    """Read `tokenizer.json` and the chat template of a Hugging Face folder.
-
-    The template comes from `chat_template.jinja` or `tokenizer_config.json`; tokens that end a turn from the
-    template, `tokenizer_config.json` and `generation_config.json`. Raises DataError when a part is missing.
-    """
-    folder = Path(folder)
-    state = read_json(folder / "tokenizer.json")
-    if not isinstance(state.get("model"), dict):
-        raise DataError(f"{folder / 'tokenizer.json'}: has no model; expected a file of the tokenizers library")
-    tokenizer = tokenizers.Tokenizer.from_str(json.dumps(state))
-    config = read_json(folder / "tokenizer_config.json")
-    names = {name: _token_text(config.get(name)) for name in ("bos_token", "eos_token", "pad_token")}
-    template = ChatTemplate(_hf_template(folder, config), **names)
-    eos: list[int] = []
-    generation = folder / "generation_config.json"
-    if generation.is_file():
-        stated = read_json(generation).get("eos_token_id")
-        eos += stated if isinstance(stated, list) else [] if stated is None else [stated]
-    ids = {name: tokenizer.token_to_id(token) for name, token in names.items() if token}
-    eos += [i for i in (ids.get("eos_token"), tokenizer.token_to_id("<|endoftext|>")) if i is not None]
-    return Tokenizer(tokenizer, template, eos_ids=eos, pad_id=ids.get("pad_token"))
-
-
-def _token_text(token: Any) -> str:
-    if isinstance(token, dict):  # a serialised AddedToken
-        return token.get("content", "")
-    return token or ""
-
-
-def _hf_template(folder: Path, config: dict[str, Any]) -> str:
-    path = folder / "chat_template.jinja"
-    if path.is_file():
-        return path.read_text(encoding="utf-8")
-    template = config.get("chat_template")
-    if isinstance(template, list):  # several by name
-        template = {t["name"]: t["template"] for t in template}.get("default")
-    if not isinstance(template, str):
-        raise DataError(f"{folder}: no chat_template.jinja and no chat_template in tokenizer_config.json; add one")
-    return template

@@ -15,7 +15,8 @@ from ppojax.envs import Calculator
 from ppojax.errors import DataError
 from ppojax.models.chat import MAX_TEMPLATE_CHARS, ChatTemplate
 from ppojax.models.smollm2 import find_smollm2
-from ppojax.models.tokenizer import Tokenizer, char_tokenizer, tokenizer_from_gguf, tokenizer_from_hf
+from ppojax.models.tokenizer import Tokenizer, char_tokenizer
+from ppojax.models.tokenizer_files import tokenizer_from_gguf, tokenizer_from_hf
 
 ORACLE = json.loads((Path(__file__).parent / "oracle/smollm2_oracle.json").read_text())
 CHATML = (
@@ -213,6 +214,19 @@ def test_a_hugging_face_folder_is_read(tmp_path, template):
     assert read.render([USER, REPLY, TOOL]) == made.render([USER, REPLY, TOOL])
     assert read.eos_ids == (257, 258)  # the one that the template writes comes first
     assert read.pad_id == 258
+
+
+def test_a_saved_tokenizer_reads_back_as_it_was(tmp_path, smollm2, char):
+    for name, made in (("smollm2", smollm2), ("char", char), ("bytes", bytes_tokenizer())):
+        made.save(tmp_path / "new" / name)
+        read = tokenizer_from_hf(tmp_path / "new" / name)
+        assert read.fingerprint() == made.fingerprint()
+        assert (read.eos_ids, read.pad_id) == (made.eos_ids, made.pad_id)
+        assert read.render([USER, REPLY, TOOL]) == made.render([USER, REPLY, TOOL])
+    assert json.loads((tmp_path / "new/smollm2/generation_config.json").read_text())["eos_token_id"] == [2, 0]
+    (tmp_path / "file").touch()
+    with pytest.raises(DataError, match=r"file/a: cannot be written \(Not a directory\); choose another folder"):
+        char.save(tmp_path / "file" / "a")
 
 
 def test_errors_of_folders(tmp_path):
