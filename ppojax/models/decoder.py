@@ -1,126 +1,61 @@
-"""The decoder: RMSNorm, rotary positions, grouped-query attention, SwiGLU; blocks stacked and scanned.
+"""The decoder: RMSNorm, rotary positions, grouped-query or latent attention, a gated MLP or experts.
 
-The module ends at the final norm: the head stays outside, so that kernels can own logits. Matrices are [in, out] and
-each parameter declares its logical axes (`ppojax.mesh.RULES`) where it is created.
+Blocks are stacked and scanned. What differs between them (a sliding window, no positions) goes through the scan as an
+index into the few kinds of blocks, so that compile time does not grow with depth. What a spec does not ask for is not
+computed: the choices are Python's, made while tracing.
+
+The module ends at the final norm: the head stays outside, so that kernels can own logits.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import NamedTuple
+from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from ppojax.models import parameters
+from ppojax.models.activation import gated
+from ppojax.models.attention import KeyValue, Masks, Packing, Scores, attention, masks
 from ppojax.models.linear import linear
+from ppojax.models.rope import Turn, rotary, rotate
 from ppojax.models.spec import DecoderSpec, Remat
 
-
-class KeyValue(NamedTuple):
-    """Keys (rotated) and values of every block, `[L, B, S, Kh, F]`; slot s holds position s of its row."""
-
-    k: jax.Array
-    v: jax.Array
+__all__ = ["Block", "Decoder", "Hidden", "KeyValue", "Layers", "Packing", "rms_norm"]
 
 
-class Packing(NamedTuple):
-    """Rows that hold a prompt and then `group` responses to it: `[prompt | response | response ...]`."""
+class Hidden(NamedTuple):
+    """What a decoder returns."""
 
-    prefix: int  # places of the prompt; the responses share the rest equally
-    group: int
-
-
-Attention = Callable[[jax.Array, jax.Array, jax.Array, "KeyValue | None"], jax.Array]
+    hidden_BTD: jax.Array  # after the final norm
+    key_value: KeyValue  # of the tokens that were read
+    routing: Any = None  # of the blocks with experts, stacked; None without experts
 
 
-def parameter(rngs: nnx.Rngs, shape: tuple[int, ...], axes: tuple[str | None, ...], std: float | None) -> nnx.Param:
-    """Create a float32 parameter: normal with `std`, or ones when it is None."""
-    value = jnp.ones(shape, jnp.float32) if std is None else std * jax.random.normal(rngs.params(), shape, jnp.float32)
-    return nnx.Param(value, axes=axes)
+class Kind(NamedTuple):
+    """What may differ between the blocks of a model."""
+
+    windowed: bool
+    rotated: bool
 
 
-def rms_norm(x: jax.Array, scale: jax.Array, eps: float) -> jax.Array:
-    """x / sqrt(mean x^2 + eps) * scale, computed in float32 (Zhang & Sennrich 2019, arXiv 1910.07467)."""
+class Sight(NamedTuple):
+    """What the tokens see in blocks of one kind, and how their queries and keys are turned (None: not at all)."""
+
+    masks: Masks
+    turn: Turn | None
+
+
+def rms_norm(x: jax.Array, weight: jax.Array, eps: float, offset: bool = False) -> jax.Array:
+    """x / sqrt(mean x^2 + eps) * weight, in float32 (arXiv 1910.07467); `offset`: times 1 + weight (Gemma)."""
     x32 = x.astype(jnp.float32)
     x32 = x32 * jax.lax.rsqrt(jnp.mean(jnp.square(x32), axis=-1, keepdims=True) + eps)
-    return (x32 * scale.astype(jnp.float32).reshape((1,) * (x.ndim - 1) + (-1,))).astype(x.dtype)
-
-
-def rotary(position_BT: jax.Array, width: int, theta: float) -> tuple[jax.Array, jax.Array]:
-    """cos and sin of position * theta^(-2i/width), each angle twice ("rotate half" layout; arXiv 2104.09864)."""
-    inverse = jnp.asarray([theta ** (-2.0 * i / width) for i in range(width // 2)], jnp.float32)
-    angle = position_BT.astype(jnp.float32)[..., None] * inverse[None, None, :]
-    angle = jnp.concatenate([angle, angle], axis=-1)
-    return jnp.cos(angle), jnp.sin(angle)
-
-
-def rotate(x_BTHF: jax.Array, cos_BTF: jax.Array, sin_BTF: jax.Array) -> jax.Array:
-    """Apply rotary positions to every head, in float32."""
-    x = x_BTHF.astype(jnp.float32)
-    first, second = jnp.split(x, 2, axis=-1)
-    turned = jnp.concatenate([-second, first], axis=-1)
-    return (x * cos_BTF[:, :, None, :] + turned * sin_BTF[:, :, None, :]).astype(x_BTHF.dtype)
-
-
-def attend(q_BTHF: jax.Array, keys: list[jax.Array], values: list[jax.Array], mask_BTS: jax.Array) -> jax.Array:
-    """Grouped-query attention over the concatenation of `keys` (each `[B, S_i, Kh, F]`), softmax in float32.
-
-    The parts stay apart (a cache and the new tokens), so that a cache is read and never copied.
-    """
-    B, T, H, F = q_BTHF.shape
-    kv_heads = keys[0].shape[2]
-    q = (q_BTHF * (1.0 / math.sqrt(F))).reshape(B, T, kv_heads, H // kv_heads, F)
-    scores = [jnp.einsum("btkgf,bskf->bkgts", q, k, preferred_element_type=jnp.float32) for k in keys]
-    score = jnp.where(mask_BTS[:, None, None], jnp.concatenate(scores, axis=-1), -1e30)
-    weight = jax.nn.softmax(score, axis=-1).astype(q_BTHF.dtype)
-    out, start = jnp.zeros_like(q), 0
-    for v in values:
-        part = weight[..., start : start + v.shape[1]]
-        out = out + jnp.einsum("bkgts,bskf->btkgf", part, v)
-        start += v.shape[1]
-    return out.reshape(B, T, H * F)
-
-
-def causal_attention(position_BT: jax.Array, slots: int) -> Attention:
-    """Each token sees itself and those before it in the array, and cache slots below the row's first position."""
-    B, T = position_BT.shape
-    mask_BTS = jnp.broadcast_to(jnp.tril(jnp.ones((T, T), bool)), (B, T, T))
-    if slots:
-        seen_BS = jnp.arange(slots, dtype=position_BT.dtype)[None, :] < position_BT[:, :1]
-        mask_BTS = jnp.concatenate([jnp.broadcast_to(seen_BS[:, None, :], (B, T, slots)), mask_BTS], axis=-1)
-
-    def attention(q: jax.Array, k: jax.Array, v: jax.Array, cache: KeyValue | None) -> jax.Array:
-        keys, values = ([k], [v]) if cache is None else ([cache.k, k], [cache.v, v])
-        return attend(q, keys, values, mask_BTS)
-
-    return attention
-
-
-def packed_attention(position_PN: jax.Array, packing: Packing) -> Attention:
-    """Prompt tokens see the prompt so far; response tokens see the whole prompt and their own response so far.
-
-    A response's first position is the length of its prompt, so padding behind the prompt is never seen.
-    """
-    P, N = position_PN.shape
-    prefix, group = packing
-    R = (N - prefix) // group
-    first_B = position_PN[:, prefix:].reshape(P * group, R)[:, :1]
-    prompt = causal_attention(position_PN[:, :prefix], 0)
-    response = causal_attention(jnp.broadcast_to(first_B, (P * group, R)), prefix)
-
-    def rows(x_PN: jax.Array) -> jax.Array:
-        return x_PN[:, prefix:].reshape(P * group, R, *x_PN.shape[2:])
-
-    def attention(q: jax.Array, k: jax.Array, v: jax.Array, cache: KeyValue | None) -> jax.Array:
-        assert cache is None, "packed rows are read whole"
-        shared = KeyValue(*(jnp.repeat(x[:, :prefix], group, axis=0) for x in (k, v)))
-        above = prompt(q[:, :prefix], k[:, :prefix], v[:, :prefix], None)
-        below = response(rows(q), rows(k), rows(v), shared)
-        return jnp.concatenate([above, below.reshape(P, group * R, -1)], axis=1)
-
-    return attention
+    weight32 = weight.astype(jnp.float32) + 1.0 if offset else weight.astype(jnp.float32)
+    return (x32 * weight32.reshape((1,) * (x.ndim - 1) + (-1,))).astype(x.dtype)
 
 
 def rematerialised(block: Callable, remat: Remat) -> Callable:
@@ -131,55 +66,125 @@ def rematerialised(block: Callable, remat: Remat) -> Callable:
     return jax.checkpoint(block, prevent_cse=False, policy=policy)
 
 
-class Layers(nnx.Module):
-    """Every transformer block at once: parameters carry a leading layer axis, over which `Decoder` scans."""
+def block_kinds(spec: DecoderSpec) -> list[Kind]:
+    """The kind of every block."""
+    windowed = spec.windowed or (False,) * spec.layers
+    unrotated = spec.unrotated or (False,) * spec.layers
+    return [Kind(w, not u) for w, u in zip(windowed, unrotated, strict=True)]
 
-    def __init__(self, spec: DecoderSpec, rngs: nnx.Rngs) -> None:
-        L, D, F = spec.layers, spec.width, spec.head_width
-        q_out, kv_out = spec.heads * F, spec.kv_heads * F
-        into, out = 1.0 / math.sqrt(D), 1.0 / math.sqrt(2 * L)
-        self.spec = spec
-        self.attn_norm = parameter(rngs, (L, D), (None, None), None)
-        self.q = parameter(rngs, (L, D, q_out), (None, "embed", "heads"), into)
-        self.k = parameter(rngs, (L, D, kv_out), (None, "embed", "kv_heads"), into)
-        self.v = parameter(rngs, (L, D, kv_out), (None, "embed", "kv_heads"), into)
-        self.o = parameter(rngs, (L, q_out, D), (None, "heads", "embed"), out / math.sqrt(q_out))
-        self.mlp_norm = parameter(rngs, (L, D), (None, None), None)
-        self.gate = parameter(rngs, (L, D, spec.ffn), (None, "embed", "ffn"), into)
-        self.up = parameter(rngs, (L, D, spec.ffn), (None, "embed", "ffn"), into)
-        self.down = parameter(rngs, (L, spec.ffn, D), (None, "ffn", "embed"), out / math.sqrt(spec.ffn))
+
+def sights_of(
+    spec: DecoderSpec, kinds: list[Kind], position_BT: jax.Array, slots: int, packing: Packing | None
+) -> list[Sight]:
+    """The sight of each kind of block; shared parts are made once."""
+    seen = {w: masks(position_BT, slots, packing, spec.window if w else None) for w in {k.windowed for k in kinds}}
+    turns: dict[Kind, Turn | None] = dict.fromkeys(kinds)
+    for kind in kinds:
+        if kind.rotated:
+            rope = spec.local_rope if kind.windowed and spec.local_rope is not None else spec.rope
+            turns[kind] = rotary(position_BT, spec.rope_width, rope)
+    if any(k.rotated for k in kinds):
+        # Beside blocks with positions, those without are turned by nothing: all sights have one structure.
+        cos, sin = next(turn for turn in turns.values() if turn is not None)
+        turns = {k: (jnp.ones_like(cos), jnp.zeros_like(sin)) if t is None else t for k, t in turns.items()}
+    return [Sight(seen[k.windowed], turns[k]) for k in kinds]
+
+
+@dataclass(frozen=True)
+class Block:
+    """One transformer block: its slice of the parameters, applied."""
+
+    spec: DecoderSpec
+    weight: dict[str, Any]
 
     def __call__(
-        self,
-        x_BTD: jax.Array,
-        turn: tuple[jax.Array, jax.Array],
-        attention: Attention,
-        cache: KeyValue | None,
-    ) -> tuple[jax.Array, KeyValue]:
-        """Apply one block (its slice of the parameters); return the new tokens' keys and values too."""
-        spec, (B, T, _) = self.spec, x_BTD.shape
-        h = rms_norm(x_BTD, self.attn_norm[...], spec.norm_eps)
-        q = linear(h, self.q[...]).reshape(B, T, spec.heads, spec.head_width)
-        k = linear(h, self.k[...]).reshape(B, T, spec.kv_heads, spec.head_width)
-        v = linear(h, self.v[...]).reshape(B, T, spec.kv_heads, spec.head_width)
-        q, k = rotate(q, *turn), rotate(k, *turn)
-        x_BTD = x_BTD + linear(attention(q, k, v, cache), self.o[...])
-        h = rms_norm(x_BTD, self.mlp_norm[...], spec.norm_eps)
-        x_BTD = x_BTD + linear(jax.nn.silu(linear(h, self.gate[...])) * linear(h, self.up[...]), self.down[...])
-        return x_BTD, KeyValue(k, v)
+        self, x_BTD: jax.Array, sight: Sight, cache: KeyValue | None, packing: Packing | None, routed: jax.Array | None
+    ) -> tuple[jax.Array, tuple[KeyValue, Any]]:
+        """Apply the block; return the new tokens' keys and values, and their routing, too."""
+        h = self.norm("attn_norm", x_BTD)
+        q, k, v = self.grouped_query(h, sight.turn) if self.spec.mla is None else self.latent(h, sight.turn)
+        h = self.project("o", attention(q, k, v, cache, sight.masks, packing, self.scores()))
+        x_BTD = x_BTD + (self.norm("post_attn_norm", h) if self.spec.sandwich else h)
+        h, routing = self.feed_forward(self.norm("mlp_norm", x_BTD), routed)
+        x_BTD = x_BTD + (self.norm("post_mlp_norm", h) if self.spec.sandwich else h)
+        return x_BTD, (KeyValue(k, v), routing)
+
+    def project(self, name: str, x: jax.Array) -> jax.Array:
+        """x w, and a bias where the block has one. Every matrix outside of the experts is applied here."""
+        y = linear(x, self.weight[name])
+        if f"{name}_bias" in self.weight:
+            y = y + self.weight[f"{name}_bias"].reshape((1,) * (y.ndim - 1) + (-1,))
+        return y
+
+    def norm(self, name: str, x: jax.Array) -> jax.Array:
+        """RMSNorm with the weight of that name."""
+        return rms_norm(x, self.weight[name], self.spec.norm_eps, self.spec.norm_offset)
+
+    def scores(self) -> Scores:
+        """How this block's attention forms its scores."""
+        spec = self.spec
+        scale = 1.0 / math.sqrt(spec.key_width) if spec.attention_scale is None else spec.attention_scale
+        return Scores(scale, spec.attention_softcap, self.weight["sinks"] if spec.sinks else None)
+
+    def grouped_query(self, h_BTD: jax.Array, turn: Turn | None) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """Queries `[B, T, H, F]`, keys and values `[B, T, Kh, F]` (arXiv 2305.13245)."""
+        spec, (B, T, _) = self.spec, h_BTD.shape
+        q = self.project("q", h_BTD).reshape(B, T, spec.heads, spec.head_width)
+        k = self.project("k", h_BTD).reshape(B, T, spec.kv_heads, spec.head_width)
+        v = self.project("v", h_BTD).reshape(B, T, spec.kv_heads, spec.head_width)
+        if spec.qk_norm:
+            q, k = self.norm("q_norm", q), self.norm("k_norm", k)
+        return (q, k, v) if turn is None else (rotate(q, turn), rotate(k, turn), v)
+
+    def latent(self, h_BTD: jax.Array, turn: Turn | None) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """Queries and keys `[B, T, H, nope + rope]`, values `[B, T, H, value]` (arXiv 2405.04434, section 2.1).
+
+        Keys and values are expanded from their latent for every head, and so they are cached.
+        """
+        spec, mla, (B, T, _) = self.spec, self.spec.mla, h_BTD.shape
+        assert mla is not None
+        q = h_BTD if mla.q_rank is None else self.norm("q_a_norm", self.project("q_a", h_BTD))
+        q = self.project("q" if mla.q_rank is None else "q_b", q).reshape(B, T, spec.heads, -1)
+        kv_latent, k_rope = jnp.split(self.project("kv_a", h_BTD), [mla.kv_rank], axis=-1)
+        kv = self.project("kv_b", self.norm("kv_a_norm", kv_latent)).reshape(B, T, spec.heads, -1)
+        k_nope, v = jnp.split(kv, [mla.nope_width], axis=-1)
+        q_nope, q_rope = jnp.split(q, [mla.nope_width], axis=-1)
+        k_rope = k_rope[:, :, None, :]
+        if turn is not None:
+            q_rope, k_rope = rotate(q_rope, turn), rotate(k_rope, turn)
+        k_rope = jnp.broadcast_to(k_rope, (B, T, spec.heads, mla.rope_width))
+        return jnp.concatenate([q_nope, q_rope], axis=-1), jnp.concatenate([k_nope, k_rope], axis=-1), v
+
+    def feed_forward(self, h_BTD: jax.Array, routed: jax.Array | None) -> tuple[jax.Array, Any]:
+        """The gated MLP, or the experts and what was routed to them."""
+        if "router" in self.weight:
+            raise NotImplementedError("experts are not implemented yet")
+        gate, up = self.project("gate", h_BTD), self.project("up", h_BTD)
+        return self.project("down", gated(self.spec.activation, gate, up)), None
+
+
+class Layers(nnx.Module):
+    """A stack of equal blocks: parameters carry a leading layer axis, over which `Decoder` scans."""
+
+    def __init__(self, spec: DecoderSpec, rngs: nnx.Rngs, blocks: range, experts: bool) -> None:
+        self.blocks = blocks  # where the stack stands among the model's blocks
+        for name, leaf in parameters.block(spec, experts).items():
+            setattr(self, name, parameters.create(rngs, leaf, len(blocks)))
 
 
 class Decoder(nnx.Module):
     """Tokens to final hidden states."""
 
     def __init__(self, spec: DecoderSpec, rngs: nnx.Rngs) -> None:
-        std = 1.0 / math.sqrt(spec.width)
         self.spec = spec
-        self.embed = parameter(rngs, (spec.vocab, spec.width), ("vocab", "embed"), std)
-        self.layers = Layers(spec, rngs)
-        self.norm = parameter(rngs, (spec.width,), (None,), None)
+        self.embed = parameters.create(rngs, parameters.embedding(spec))
+        dense = 0 if spec.moe is None else spec.moe.dense_first
+        if dense:
+            self.dense_layers = Layers(spec, rngs, range(dense), experts=False)
+        self.layers = Layers(spec, rngs, range(dense, spec.layers), experts=spec.moe is not None)
+        self.norm = parameters.create(rngs, parameters.norm(spec, spec.width))
         if not spec.tied:
-            self.head = parameter(rngs, (spec.vocab, spec.width), ("vocab", "embed"), std)
+            self.head = parameters.create(rngs, parameters.embedding(spec))
 
     def __call__(
         self,
@@ -187,26 +192,39 @@ class Decoder(nnx.Module):
         position_BT: jax.Array,
         cache: KeyValue | None = None,
         packing: Packing | None = None,
+        routed: jax.Array | None = None,
         *,
         remat: Remat = "none",
-    ) -> tuple[jax.Array, KeyValue]:
+    ) -> Hidden:
         """Run the blocks over `token_BT`, whose tokens stand at `position_BT` of their rows.
 
-        Rows are padded on the right: nothing real looks at padding. What a token sees: `causal_attention`, or
-        `packed_attention` where a packing is given.
-
-        Returns:
-            Hidden states `[B, T, D]` after the final norm, and the tokens' own keys and values.
+        Rows are padded on the right: nothing real looks at padding. What a token sees: `ppojax.models.attention`.
+        `routed` `[Lmoe, B, T, K]` names the experts that each token goes to; where it is -1 the router chooses.
         """
-        if packing is None:
-            attention = causal_attention(position_BT, 0 if cache is None else cache.k.shape[2])
-        else:
-            attention = packed_attention(position_BT, packing)
-        turn = rotary(position_BT, self.spec.head_width, self.spec.rope.theta)
-        graphdef, state = nnx.split(self.layers)
+        spec, kinds = self.spec, block_kinds(self.spec)
+        distinct = list(dict.fromkeys(kinds))
+        sights = sights_of(spec, distinct, position_BT, 0 if cache is None else cache.k.shape[2], packing)
 
-        def block(x: jax.Array, layer: tuple[nnx.State, KeyValue | None]) -> tuple[jax.Array, KeyValue]:
-            return nnx.merge(graphdef, layer[0])(x, turn, attention, layer[1])
+        def block(x: jax.Array, layer: tuple) -> tuple[jax.Array, tuple[KeyValue, Any]]:
+            weight, kind, cache, routed = layer
+            sight = sights[0] if kind is None else jax.tree.map(lambda *s: jax.lax.select_n(kind, *s), *sights)
+            return Block(spec, weight)(x, sight, cache, packing, routed)
 
-        x_BTD, key_value = jax.lax.scan(rematerialised(block, remat), self.embed[...][token_BT], (state, cache))
-        return rms_norm(x_BTD, self.norm[...], self.spec.norm_eps), key_value
+        x_BTD = self.embed[...][token_BT]
+        if spec.embed_scale != 1.0:
+            x_BTD = x_BTD * jnp.asarray(spec.embed_scale, x_BTD.dtype)
+        stacks = [self.dense_layers, self.layers] if spec.moe is not None and spec.moe.dense_first else [self.layers]
+        key_values, routing = [], None
+        for stack in stacks:
+            kind_L = jnp.asarray([distinct.index(kinds[n]) for n in stack.blocks], jnp.int32)
+            part = slice(stack.blocks.start, stack.blocks.stop)
+            layers = (
+                nnx.to_pure_dict(nnx.state(stack)),
+                kind_L if len(distinct) > 1 else None,
+                cache if len(stacks) == 1 else jax.tree.map(lambda c, part=part: c[part], cache),
+                routed if stack is self.layers else None,
+            )
+            x_BTD, (key_value, routing) = jax.lax.scan(rematerialised(block, remat), x_BTD, layers)
+            key_values.append(key_value)
+        key_value = key_values[0] if len(stacks) == 1 else jax.tree.map(lambda *x: jnp.concatenate(x), *key_values)
+        return Hidden(rms_norm(x_BTD, self.norm[...], spec.norm_eps, spec.norm_offset), key_value, routing)

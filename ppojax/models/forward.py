@@ -13,7 +13,7 @@ from flax import nnx
 from ppojax.kernels import token_stats
 from ppojax.mesh import sharding
 from ppojax.models.critic import Critic
-from ppojax.models.decoder import Decoder, KeyValue, Packing
+from ppojax.models.decoder import Decoder, Hidden, KeyValue, Packing
 from ppojax.models.spec import DecoderSpec, Remat
 from ppojax.types import Experience, Layout, TokenStats
 
@@ -78,11 +78,12 @@ def hidden_states(
     position_BT: jax.Array,
     cache: KeyValue | None = None,
     packing: Packing | None = None,
-) -> tuple[jax.Array, KeyValue]:
-    """Final hidden states of `token_BT` and the tokens' keys and values (see `Decoder.__call__`)."""
+    routed: jax.Array | None = None,
+) -> Hidden:
+    """Final hidden states of `token_BT`, the tokens' keys and values, and their routing (see `Decoder.__call__`)."""
     bound = _bind(model, params)
     decoder = bound.trunk if model.critic else bound
-    return decoder(token_BT, position_BT, cache, packing, remat=model.remat)
+    return decoder(token_BT, position_BT, cache, packing, routed, remat=model.remat)
 
 
 def positions(token_BT: jax.Array) -> jax.Array:
@@ -101,7 +102,7 @@ def read_rows(model: ModelDef, params: Params, experience: Experience, layout: L
     """
     token_BT = experience.token_BT
     if layout.group == 1:
-        hidden_BTD = hidden_states(model, params, token_BT, positions(token_BT))[0]
+        hidden_BTD = hidden_states(model, params, token_BT, positions(token_BT)).hidden_BTD
         return jnp.pad(hidden_BTD[:, :-1], ((0, 0), (1, 0), (0, 0))), jnp.zeros_like(experience.prefix_B)
     prefix, group, prefix_B = layout.prefix, layout.group, experience.prefix_B
     B, R = token_BT.shape[0], token_BT.shape[1] - prefix
@@ -113,7 +114,7 @@ def read_rows(model: ModelDef, params: Params, experience: Experience, layout: L
 
     prompt_PT = token_BT[::group, :prefix]
     token_PN, position_PN = packed(prompt_PT, response_BR), packed(positions(prompt_PT), position_BR)
-    hidden_PND, _ = hidden_states(model, params, token_PN, position_PN, packing=Packing(prefix, group))
+    hidden_PND = hidden_states(model, params, token_PN, position_PN, packing=Packing(prefix, group)).hidden_BTD
     last_P = jnp.maximum(prefix_B[::group] - 1, 0)
     last_PD = jnp.take_along_axis(hidden_PND, last_P[:, None, None], axis=1)
     response_BRD = hidden_PND[:, prefix:].reshape(B, R, -1)

@@ -77,7 +77,7 @@ class DecoderSpec(Component):
     width: int = Field(ge=1, description="model width D")
     heads: int = Field(ge=1, description="query heads")
     kv_heads: int = Field(ge=1, description="key/value heads; divides heads")
-    head_width: int = Field(ge=2, description="width of one head's query and key; even, for rotary positions")
+    head_width: int = Field(ge=2, description="width of a head; even, for rotary positions; unused with mla")
     ffn: int = Field(ge=1, description="hidden width of the dense MLP")
     vocab: int = Field(ge=2, description="rows of the embedding")
     rope: RopeSpec = Field(default=RopeSpec(), description="rotary positions")
@@ -93,7 +93,7 @@ class DecoderSpec(Component):
     o_bias: bool = Field(default=False, description="bias on the output projection")
     mlp_bias: bool = Field(default=False, description="bias on the MLP's products")
     sinks: bool = Field(default=False, description="a learned logit for each head that takes attention and gives 0")
-    attention_scale: float | None = Field(default=None, gt=0, description="factor on scores; None: head_width^-1/2")
+    attention_scale: float | None = Field(default=None, gt=0, description="factor on scores; None: key_width^-1/2")
     attention_softcap: float | None = Field(default=None, gt=0, description="scores become cap * tanh(score / cap)")
     logit_softcap: float | None = Field(default=None, gt=0, description="logits become cap * tanh(logit / cap)")
     window: int | None = Field(default=None, ge=1, description="tokens seen in blocks with a sliding window, itself in")
@@ -114,9 +114,16 @@ class DecoderSpec(Component):
                 raise ValueError(f"{name} has {len(blocks)} entries, expected layers = {self.layers}")
         if any(self.windowed) and self.window is None:
             raise ValueError("windowed names blocks with a sliding window, but window is not set")
+        if self.mla is not None and self.kv_heads != self.heads:
+            raise ValueError(f"kv_heads ({self.kv_heads}) must be heads ({self.heads}) with latent attention")
         if self.moe is not None and self.moe.dense_first >= self.layers:
             raise ValueError(f"moe.dense_first ({self.moe.dense_first}) leaves no block of {self.layers} for experts")
         return self
+
+    @property
+    def key_width(self) -> int:
+        """Width of one head's query and key."""
+        return self.head_width if self.mla is None else self.mla.nope_width + self.mla.rope_width
 
     @property
     def rope_width(self) -> int:
@@ -132,6 +139,24 @@ class DecoderSpec(Component):
     def moe_layers(self) -> int:
         """Blocks with experts; they are the last ones."""
         return 0 if self.moe is None else self.layers - self.moe.dense_first
+
+    def first(self, layers: int) -> DecoderSpec:
+        """The same decoder cut down to its first blocks.
+
+        Raises:
+            ValueError: it has fewer.
+        """
+        if layers > self.layers:
+            raise ValueError(f"{layers} layers asked for, but the decoder has {self.layers} layers")
+        dense = self.moe is None or layers <= self.moe.dense_first
+        return self.model_copy(
+            update={
+                "layers": layers,
+                "windowed": self.windowed[:layers],
+                "unrotated": self.unrotated[:layers],
+                "moe": None if dense else self.moe,
+            }
+        )
 
     def axis_sizes(self) -> dict[str, int]:
         """Sizes of the logical dimensions that a mesh may split."""

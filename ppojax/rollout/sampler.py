@@ -99,7 +99,7 @@ def greedy_choice(logits_BV: jax.Array) -> tuple[jax.Array, jax.Array]:
 def prefill(params: Params, token_PT: jax.Array, length_P: jax.Array, *, sampler: SamplerDef, group_size: int) -> Slots:
     """Read each prompt once and give its keys and values to the `group_size` rows that share it."""
     position_PT = jnp.broadcast_to(jnp.arange(token_PT.shape[1], dtype=jnp.int32), token_PT.shape)
-    hidden_PTD, new = hidden_states(sampler.model, params, token_PT, position_PT)
+    hidden_PTD, new, _ = hidden_states(sampler.model, params, token_PT, position_PT)
     last_PD = jnp.take_along_axis(hidden_PTD, (length_P - 1)[:, None, None], axis=1)[:, 0]
     room = sampler.slots - token_PT.shape[1]
 
@@ -133,7 +133,7 @@ def append(slots: Slots, new: KeyValue, hidden_BTD: jax.Array, count_B: jax.Arra
 def extend(params: Params, slots: Slots, token_BT: jax.Array, count_B: jax.Array, *, sampler: SamplerDef) -> Slots:
     """Append given tokens (an observation) to live rows; rows with a count of 0 stay as they are."""
     position_BT = slots.length_B[:, None] + jnp.arange(token_BT.shape[1], dtype=jnp.int32)[None, :]
-    hidden_BTD, new = hidden_states(sampler.model, params, token_BT, position_BT, slots.cache)
+    hidden_BTD, new, _ = hidden_states(sampler.model, params, token_BT, position_BT, slots.cache)
     return append(slots, new, hidden_BTD, count_B)
 
 
@@ -160,7 +160,9 @@ def decode(
         logits_BV = logits_BV / sampler.temperature
         uniform_B = jax.vmap(lambda k, t: jax.random.uniform(jax.random.fold_in(k, t)))(key_B, slots.length_B)
         token_B, logp_B = greedy_choice(logits_BV) if sampler.greedy else sample(logits_BV, uniform_B)
-        hidden_BTD, new = hidden_states(sampler.model, params, token_B[:, None], slots.length_B[:, None], slots.cache)
+        hidden_BTD, new, _ = hidden_states(
+            sampler.model, params, token_B[:, None], slots.length_B[:, None], slots.cache
+        )
         slots = append(slots, new, hidden_BTD, live_B.astype(jnp.int32))
         state_B = jnp.where(live_B, stop_SV[state_B, token_B], state_B)
         turn = Turn(

@@ -71,7 +71,7 @@ def test_the_decoder_is_the_block_written_by_hand(tied: bool) -> None:
 
     @jax.jit
     def both(p: Params, token_BT: jax.Array) -> tuple[jax.Array, jax.Array]:
-        hidden_BTD, _ = hidden_states(ModelDef(spec), p, token_BT, positions(token_BT))
+        hidden_BTD, *_ = hidden_states(ModelDef(spec), p, token_BT, positions(token_BT))
         return hidden_BTD, hidden_BTD @ head_VD(p).T
 
     hidden_BTD, logits_BTV = both(p, jnp.asarray(TOKEN_BT, jnp.int32))

@@ -23,7 +23,7 @@ values = jax.jit(forward.values, static_argnames=("model", "layout"))
 def direct_logp(p: Params, experience: Experience, temperature: float) -> jax.Array:
     """The definition, over the whole [B, T, V]."""
     token_BT = experience.token_BT
-    hidden_BTD, _ = hidden_states(ACTOR, p, token_BT, positions(token_BT))
+    hidden_BTD, *_ = hidden_states(ACTOR, p, token_BT, positions(token_BT))
     logp_BTV = jax.nn.log_softmax(hidden_BTD @ head_VD(p).T / temperature, axis=-1)
     picked = jnp.take_along_axis(logp_BTV[:, :-1], token_BT[:, 1:, None], axis=-1)[..., 0]
     return jnp.where(experience.action_BT, jnp.pad(picked, ((0, 0), (1, 0))), 0.0)
