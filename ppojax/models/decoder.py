@@ -25,8 +25,6 @@ from ppojax.models.linear import linear
 from ppojax.models.rope import Turn, rotary, rotate
 from ppojax.models.spec import DecoderSpec, Remat
 
-__all__ = ["Block", "Decoder", "Hidden", "KeyValue", "Layers", "Packing", "rms_norm"]
-
 
 class Hidden(NamedTuple):
     """What a decoder returns."""

@@ -12,8 +12,9 @@ from flax import nnx
 
 from ppojax.kernels import token_stats
 from ppojax.mesh import sharding
+from ppojax.models.attention import KeyValue, Packing
 from ppojax.models.critic import Critic
-from ppojax.models.decoder import Decoder, Hidden, KeyValue, Packing
+from ppojax.models.decoder import Decoder, Hidden
 from ppojax.models.spec import DecoderSpec, Remat
 from ppojax.types import Experience, Layout, TokenStats
 

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from ppojax.mesh import sharding
-from ppojax.models.decoder import KeyValue
+from ppojax.models.attention import KeyValue
 from ppojax.models.forward import ModelDef, Params, head_VD, hidden_states
 from ppojax.rollout.stop import START
 
