@@ -35,7 +35,7 @@ UNSAFE_CALLS = {"eval", "exec", "compile", "__import__"}
 
 # (file, module): an optional extra, or the numerical half of a command, which a mistyped key should not wait for.
 LATE_IMPORTS = {
-    ("models/load.py", "huggingface_hub"),
+    ("models/pretrained.py", "huggingface_hub"),
     ("models/gguf.py", "gguf"),
     ("train.py", "ppojax.trainer.session"),
     ("evaluate.py", "ppojax.trainer.held_out"),
@@ -92,7 +92,7 @@ def _imports(node: ast.AST, path: Path, *, typing_only: bool, late: bool) -> Ite
 
 
 def part_of(module: str) -> str:
-    """`ppojax.models.load` -> `models`."""
+    """`ppojax.models.pretrained` -> `models`."""
     return module.split(".")[1]
 
 

@@ -13,7 +13,7 @@ from ppojax.envs import Task
 from ppojax.errors import ConfigError, DataError
 from ppojax.mesh import enable_compilation_cache, replicated
 from ppojax.models.forward import ModelDef
-from ppojax.models.load import load_critic, load_model
+from ppojax.models.pretrained import load_critic, load_model
 from ppojax.models.tokenizer import Tokenizer
 from ppojax.rollout.collect import Collector
 from ppojax.rollout.sampler import SamplerDef
