@@ -149,9 +149,7 @@ class Tokenizer:
             for name, text in files.items():
                 (folder / name).write_text(text, encoding="utf-8", newline="\n")
         except OSError as error:
-            raise DataError(
-                f"{folder}: the tokenizer cannot be written ({error.strerror}); give another folder"
-            ) from error
+            raise DataError(f"{folder}: cannot be written ({error.strerror}); choose another folder") from error
 
     @cached_property
     def _probe(self) -> list[int]:
