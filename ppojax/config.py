@@ -224,7 +224,7 @@ def _rows(config: Config) -> Iterator[Contradiction]:
         )
     elif update.microbatch_rows % mesh.row_shards:
         yield Contradiction(
-            ("update.microbatch_rows", "mesh.data", "mesh.fsdp"),
+            ("update.microbatch_rows", "mesh.data", "mesh.fsdp", "mesh.expert"),
             f"the rows of a microbatch are not split evenly over {mesh.row_shards} devices",
             f"update.microbatch_rows may be {_divisors(rows, mesh.row_shards)}",
         )
@@ -288,7 +288,7 @@ def _warm_start(config: Config) -> Iterator[Contradiction]:
         )
     if config.warm_start.rows % config.mesh.row_shards:
         yield Contradiction(
-            ("warm_start.rows", "mesh.data", "mesh.fsdp"),
+            ("warm_start.rows", "mesh.data", "mesh.fsdp", "mesh.expert"),
             f"demonstrations are not split evenly over {config.mesh.row_shards} devices",
             f"make warm_start.rows a multiple of {config.mesh.row_shards}",
         )

@@ -7,6 +7,7 @@ shardings of arguments, and results that stay (parameters, optimizer state) are 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -17,12 +18,15 @@ from ppojax.component import Component
 from ppojax.errors import ConfigError
 from ppojax.lazy import jax
 
-AXES = ("data", "fsdp", "tensor")
+# From the outside in: neighbours on the last axis are next to each other, and it talks most.
+AXES = ("data", "fsdp", "expert", "tensor")
 
-# Rows go over data and fsdp together; a parameter is split over fsdp along the model width and over tensor along
-# whatever is independent between devices: heads, hidden units of the MLP, vocabulary.
+# Rows go over data, fsdp and expert together; a parameter is split over fsdp along the model width and over tensor
+# along whatever is independent between devices: heads, hidden units of the MLP, vocabulary. Experts are split over
+# expert, where tokens travel to them; all else is replicated there, as over data.
 RULES: Mapping[str, tuple[str, ...]] = {
-    "rows": ("data", "fsdp"),
+    "rows": ("data", "fsdp", "expert"),
+    "experts": ("expert",),
     "embed": ("fsdp",),
     "heads": ("tensor",),
     "kv_heads": ("tensor",),
@@ -36,20 +40,26 @@ class MeshConfig(Component):
 
     data: int = Field(default=1, ge=1, description="devices over which rows are split, parameters replicated")
     fsdp: int = Field(default=1, ge=1, description="devices over which rows and parameters are split")
+    expert: int = Field(default=1, ge=1, description="devices over which rows and the experts of a MoE are split")
     tensor: int = Field(default=1, ge=1, description="devices over which heads, ffn and vocabulary are split")
 
     @property
+    def shape(self) -> tuple[int, ...]:
+        """Devices along each of `AXES`."""
+        return self.data, self.fsdp, self.expert, self.tensor
+
+    @property
     def size(self) -> int:
-        return self.data * self.fsdp * self.tensor
+        return math.prod(self.shape)
 
     @property
     def row_shards(self) -> int:
         """Number of parts into which the rows of a batch are split."""
-        return self.data * self.fsdp
+        return self.data * self.fsdp * self.expert
 
     def axis_size(self, axis: str) -> int:
         """Devices along one axis, by name."""
-        return {"data": self.data, "fsdp": self.fsdp, "tensor": self.tensor}[axis]
+        return self.shape[AXES.index(axis)]
 
     def build(self) -> jax.sharding.Mesh:
         """Lay out the first `size` devices as a mesh.
@@ -60,12 +70,12 @@ class MeshConfig(Component):
         devices = jax.devices()
         if self.size > len(devices):
             raise ConfigError(
-                f"mesh {self.data}x{self.fsdp}x{self.tensor} (data x fsdp x tensor) needs {self.size} devices, "
-                f"{len(devices)} found: make the product of mesh.data, mesh.fsdp and mesh.tensor at most {len(devices)}"
+                f"mesh {'x'.join(map(str, self.shape))} ({' x '.join(AXES)}) needs {self.size} devices, "
+                f"{len(devices)} found: make the product of mesh.{', mesh.'.join(AXES[:-1])} and mesh.{AXES[-1]} "
+                f"at most {len(devices)}"
             )
-        shape = (self.data, self.fsdp, self.tensor)
         types = (jax.sharding.AxisType.Auto,) * len(AXES)
-        return jax.make_mesh(shape, AXES, axis_types=types, devices=devices[: self.size])
+        return jax.make_mesh(self.shape, AXES, axis_types=types, devices=devices[: self.size])
 
     def check_divides(self, sizes: Mapping[str, int]) -> list[str]:
         """Name each logical dimension that its mesh axes do not divide, with the legal sizes (empty when all do)."""

@@ -4,7 +4,7 @@
     V vocabulary       K kept support         D model width    M critics            A action positions of a row
 
 `logp_BT` is an array `[B, T]`; the suffix is the logical shape, also inside `shard_map`. `models/` and `kernels/`
-also use N (rows of a matrix), H heads, L layers, F head width, E experts.
+also use N (rows of a matrix), H heads, L layers, F head width, E experts, K experts of a token.
 
 One alignment holds everywhere: at `[:, t]` every per-token array speaks of token t. `logp_BT[:, t]` is the
 log-probability of token t given the tokens before it, and `value_MBT[:, :, t]` is the value of the state in which
@@ -114,6 +114,20 @@ class TokenStats(NamedTuple):
 
     logp: jax.Array  # log-probability of the token that was chosen
     entropy: jax.Array | None = None  # nats, over the whole vocabulary
+
+
+class Routing(NamedTuple):
+    """What the routers of a mixture of experts did, one layer or several (layers then lead every array).
+
+    The sums run over the tokens that count: all but padding.
+    """
+
+    expert_NK: jax.Array  # int32: the experts of every token; from a model call [L, B, T, K]
+    load_E: jax.Array  # float32: tokens sent to each expert
+    probability_E: jax.Array  # float32: sum of the router's probabilities; the only part with a gradient, beside z
+    z: jax.Array  # float32: sum of (log sum exp of the router's logits)^2
+    agreed: jax.Array  # float32: choices that the router would have made freely too
+    tokens: jax.Array  # float32: tokens that count
 
 
 class Mean(NamedTuple):

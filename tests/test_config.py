@@ -155,7 +155,8 @@ CONTRADICTIONS = [
     ),
     (
         (*BASE, "update.microbatch_rows=2", "mesh.data=2", "mesh.fsdp=2"),
-        "update.microbatch_rows=2 (command line), mesh.data=2 (command line), mesh.fsdp=2 (command line): "
+        "update.microbatch_rows=2 (command line), mesh.data=2 (command line), mesh.fsdp=2 (command line), "
+        "mesh.expert=1 (default): "
         "the rows of a microbatch are not split evenly over 4 devices; update.microbatch_rows may be 4, 8, 16, 32",
     ),
     (
@@ -166,8 +167,8 @@ CONTRADICTIONS = [
     ),
     (
         (*BASE, "mesh.data=3"),
-        "update.microbatch_rows=8 (default), mesh.data=3 (command line), mesh.fsdp=1 (default): "
-        "the rows of a microbatch are not split evenly over 3 devices; "
+        "update.microbatch_rows=8 (default), mesh.data=3 (command line), mesh.fsdp=1 (default), "
+        "mesh.expert=1 (default): the rows of a microbatch are not split evenly over 3 devices; "
         "update.microbatch_rows may be nothing: make 32 a multiple of 3",
     ),
     (
@@ -202,7 +203,7 @@ CONTRADICTIONS = [
     ),
     (
         (*BASE, "warm_start.rows=6", "mesh.data=4"),
-        "warm_start.rows=6 (command line), mesh.data=4 (command line), mesh.fsdp=1 (default): "
+        "warm_start.rows=6 (command line), mesh.data=4 (command line), mesh.fsdp=1 (default), mesh.expert=1 (default): "
         "demonstrations are not split evenly over 4 devices; make warm_start.rows a multiple of 4",
     ),
 ]

@@ -16,7 +16,7 @@ from ppojax.update.state import init_state
 
 def test_a_mesh_takes_the_first_devices() -> None:
     mesh = MeshConfig(data=2, fsdp=2, tensor=1).build()
-    assert dict(mesh.shape) == {"data": 2, "fsdp": 2, "tensor": 1} and tuple(mesh.axis_names) == AXES
+    assert dict(mesh.shape) == {"data": 2, "fsdp": 2, "expert": 1, "tensor": 1} and tuple(mesh.axis_names) == AXES
     assert list(mesh.devices.flat) == jax.devices()[:4]
 
 
@@ -24,8 +24,8 @@ def test_too_many_devices_are_refused() -> None:
     with pytest.raises(ConfigError) as caught:
         MeshConfig(data=4, fsdp=2, tensor=2).build()
     assert str(caught.value) == (
-        "mesh 4x2x2 (data x fsdp x tensor) needs 16 devices, 8 found: "
-        "make the product of mesh.data, mesh.fsdp and mesh.tensor at most 8"
+        "mesh 4x2x1x2 (data x fsdp x expert x tensor) needs 16 devices, 8 found: "
+        "make the product of mesh.data, mesh.fsdp, mesh.expert and mesh.tensor at most 8"
     )
 
 
@@ -39,12 +39,13 @@ def test_each_dimension_that_does_not_divide_is_named() -> None:
     assert (
         MeshConfig(data=3, fsdp=2)
         .check_divides({"rows": 8})[0]
-        .startswith("mesh.data x mesh.fsdp = 6 does not divide rows = 8")
+        .startswith("mesh.data x mesh.fsdp x mesh.expert = 6 does not divide rows = 8")
     )
 
 
-def test_rows_are_split_over_data_and_fsdp() -> None:
-    mesh = MeshConfig(data=2, fsdp=2, tensor=2)
+@pytest.mark.parametrize("mesh", [MeshConfig(data=2, fsdp=2, tensor=2), MeshConfig(data=2, expert=2)])
+def test_rows_are_split_over_data_fsdp_and_expert(mesh: MeshConfig) -> None:
+    assert mesh.row_shards == 4
     experience, _ = random_experience(mesh=mesh)
     host = jax.device_get(experience)
     for name, x in experience._asdict().items():

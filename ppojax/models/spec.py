@@ -67,6 +67,12 @@ class MoESpec(Component):
                 f"moe.groups ({self.groups}) must divide moe.experts ({self.experts}) and not be under "
                 f"moe.groups_chosen ({self.groups_chosen})"
             )
+        allowed = self.experts // self.groups * self.groups_chosen
+        if self.chosen > allowed:
+            raise ValueError(
+                f"moe.chosen ({self.chosen}) is over the {allowed} experts of moe.groups_chosen = "
+                f"{self.groups_chosen} of {self.groups} groups"
+            )
         return self
 
 
