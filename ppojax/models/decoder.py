@@ -22,8 +22,10 @@ from ppojax.models import parameters
 from ppojax.models.activation import gated
 from ppojax.models.attention import KeyValue, Masks, Packing, Scores, attention, masks
 from ppojax.models.linear import linear
+from ppojax.models.moe import CHOICE, mix
 from ppojax.models.rope import Turn, rotary, rotate
 from ppojax.models.spec import DecoderSpec, Remat
+from ppojax.types import Routing
 
 
 class Hidden(NamedTuple):
@@ -31,7 +33,7 @@ class Hidden(NamedTuple):
 
     hidden_BTD: jax.Array  # after the final norm
     key_value: KeyValue  # of the tokens that were read
-    routing: Any = None  # of the blocks with experts, stacked; None without experts
+    routing: Routing | None = None  # of the blocks with experts, stacked; None without experts
 
 
 class Kind(NamedTuple):
@@ -57,10 +59,16 @@ def rms_norm(x: jax.Array, weight: jax.Array, eps: float, offset: bool = False) 
 
 
 def rematerialised(block: Callable, remat: Remat) -> Callable:
-    """Choose what of a block is kept for its backward pass: everything, the matrix products, or its input only."""
+    """Choose what of a block is kept for its backward pass: everything, the matrix products, or its input only.
+
+    The choice of experts is always kept: computed again, it might be another one.
+    """
     if remat == "none":
         return block
-    policy = jax.checkpoint_policies.dots_with_no_batch_dims_saveable if remat == "dots" else None
+    policies = jax.checkpoint_policies
+    policy = policies.save_only_these_names(CHOICE)
+    if remat == "dots":
+        policy = policies.save_from_both_policies(policies.dots_with_no_batch_dims_saveable, policy)
     return jax.checkpoint(block, prevent_cse=False, policy=policy)
 
 
@@ -94,10 +102,12 @@ class Block:
 
     spec: DecoderSpec
     weight: dict[str, Any]
+    valid_BT: jax.Array | None = None  # tokens that count as load of the experts; None: all
+    mesh: jax.sharding.Mesh | None = None  # over which tokens travel to their experts
 
     def __call__(
         self, x_BTD: jax.Array, sight: Sight, cache: KeyValue | None, packing: Packing | None, routed: jax.Array | None
-    ) -> tuple[jax.Array, tuple[KeyValue, Any]]:
+    ) -> tuple[jax.Array, tuple[KeyValue, Routing | None]]:
         """Apply the block; return the new tokens' keys and values, and their routing, too."""
         h = self.norm("attn_norm", x_BTD)
         q, k, v = self.grouped_query(h, sight.turn) if self.spec.mla is None else self.latent(h, sight.turn)
@@ -153,12 +163,30 @@ class Block:
         k_rope = jnp.broadcast_to(k_rope, (B, T, spec.heads, mla.rope_width))
         return jnp.concatenate([q_nope, q_rope], axis=-1), jnp.concatenate([k_nope, k_rope], axis=-1), v
 
-    def feed_forward(self, h_BTD: jax.Array, routed: jax.Array | None) -> tuple[jax.Array, Any]:
-        """The gated MLP, or the experts and what was routed to them."""
-        if "router" in self.weight:
-            raise NotImplementedError("experts are not implemented yet")
-        gate, up = self.project("gate", h_BTD), self.project("up", h_BTD)
-        return self.project("down", gated(self.spec.activation, gate, up)), None
+    def feed_forward(self, h_BTD: jax.Array, routed_BTK: jax.Array | None) -> tuple[jax.Array, Routing | None]:
+        """The gated MLP; or the experts, beside those that every token goes to, and what the router did."""
+        if "router" not in self.weight:
+            return self.gated_mlp("", h_BTD), None
+        spec, (B, T, D) = self.spec.moe, h_BTD.shape
+        assert spec is not None
+        y_ND, routing = mix(
+            h_BTD.reshape(B * T, D),
+            self.weight,
+            spec,
+            self.spec.activation,
+            routed_NK=None if routed_BTK is None else routed_BTK.reshape(B * T, spec.chosen),
+            valid_N=None if self.valid_BT is None else self.valid_BT.reshape(B * T),
+            mesh=self.mesh,
+        )
+        y_BTD = y_ND.reshape(B, T, D)
+        if spec.shared_ffn:
+            y_BTD = y_BTD + self.gated_mlp("shared_", h_BTD)
+        return y_BTD, routing._replace(expert_NK=routing.expert_NK.reshape(B, T, spec.chosen))
+
+    def gated_mlp(self, prefix: str, h_BTD: jax.Array) -> jax.Array:
+        """down(act(gate h) * up h) with the matrices that have this prefix."""
+        gate, up = self.project(f"{prefix}gate", h_BTD), self.project(f"{prefix}up", h_BTD)
+        return self.project(f"{prefix}down", gated(self.spec.activation, gate, up))
 
 
 class Layers(nnx.Module):
@@ -192,21 +220,24 @@ class Decoder(nnx.Module):
         packing: Packing | None = None,
         routed: jax.Array | None = None,
         *,
+        valid_BT: jax.Array | None = None,
+        mesh: jax.sharding.Mesh | None = None,
         remat: Remat = "none",
     ) -> Hidden:
         """Run the blocks over `token_BT`, whose tokens stand at `position_BT` of their rows.
 
         Rows are padded on the right: nothing real looks at padding. What a token sees: `ppojax.models.attention`.
-        `routed` `[Lmoe, B, T, K]` names the experts that each token goes to; where it is -1 the router chooses.
+        `routed` `[Lmoe, B, T, K]` names the experts that each token goes to; where it is -1 the router chooses. Tokens
+        off `valid_BT` are in no sum of the routing. A `mesh` is needed where rows or experts lie on several devices.
         """
         spec, kinds = self.spec, block_kinds(self.spec)
         distinct = list(dict.fromkeys(kinds))
         sights = sights_of(spec, distinct, position_BT, 0 if cache is None else cache.k.shape[2], packing)
 
-        def block(x: jax.Array, layer: tuple) -> tuple[jax.Array, tuple[KeyValue, Any]]:
+        def block(x: jax.Array, layer: tuple) -> tuple[jax.Array, tuple[KeyValue, Routing | None]]:
             weight, kind, cache, routed = layer
             sight = sights[0] if kind is None else jax.tree.map(lambda *s: jax.lax.select_n(kind, *s), *sights)
-            return Block(spec, weight)(x, sight, cache, packing, routed)
+            return Block(spec, weight, valid_BT, mesh)(x, sight, cache, packing, routed)
 
         x_BTD = self.embed[...][token_BT]
         if spec.embed_scale != 1.0:

@@ -20,6 +20,7 @@ from ppojax.types import Experience, Layout, TokenStats
 
 Params = dict[str, Any]
 PLAIN = Layout()
+FLOAT32 = {"value_head", "router", "router_bias", "choice_bias"}  # computed in float32, whatever the compute type
 
 
 @dataclass(frozen=True)
@@ -30,6 +31,7 @@ class ModelDef:
     dtype: str = "float32"
     remat: Remat = "full"
     critic: bool = False  # the decoder carries a value head
+    mesh: jax.sharding.Mesh | None = None  # where it runs; experts need it to send tokens between devices
 
 
 @lru_cache(maxsize=32)
@@ -39,11 +41,13 @@ def _structure(model: ModelDef) -> tuple[nnx.GraphDef, nnx.State]:
 
 
 def _bind(model: ModelDef, params: Params) -> Any:
-    """Put parameters, cast to the compute type, back into their module; a value head stays float32."""
+    """Put parameters, cast to the compute type, back into their module; a value head and routers stay float32."""
     graphdef, abstract = _structure(model)
-    cast = jax.tree.map(lambda p: p.astype(model.dtype), params)
-    if model.critic:
-        cast["value_head"] = params["value_head"]
+
+    def one(path: tuple, p: jax.Array) -> jax.Array:
+        return p if path[-1].key in FLOAT32 else p.astype(model.dtype)
+
+    cast = jax.tree_util.tree_map_with_path(one, params)
     state = jax.tree.map(lambda leaf: leaf, abstract)
     nnx.replace_by_pure_dict(state, cast)
     return nnx.merge(graphdef, state)
@@ -80,11 +84,12 @@ def hidden_states(
     cache: KeyValue | None = None,
     packing: Packing | None = None,
     routed: jax.Array | None = None,
+    valid_BT: jax.Array | None = None,
 ) -> Hidden:
     """Final hidden states of `token_BT`, the tokens' keys and values, and their routing (see `Decoder.__call__`)."""
     bound = _bind(model, params)
     decoder = bound.trunk if model.critic else bound
-    return decoder(token_BT, position_BT, cache, packing, routed, remat=model.remat)
+    return decoder(token_BT, position_BT, cache, packing, routed, valid_BT=valid_BT, mesh=model.mesh, remat=model.remat)
 
 
 def positions(token_BT: jax.Array) -> jax.Array:

@@ -11,12 +11,15 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 
 from ppojax.models.exchange import over_mesh
 from ppojax.models.experts import EXPERT_WEIGHTS, apply_experts
 from ppojax.models.grouped import default_method
 from ppojax.models.spec import Activation, MoESpec
 from ppojax.types import Routing
+
+CHOICE = "chosen_experts"  # the name of what rematerialisation keeps
 
 
 def mix(
@@ -91,6 +94,7 @@ def route(
     expert_NK = free_NK
     if routed_NK is not None:
         expert_NK = jnp.where(routed_NK >= 0, routed_NK.astype(jnp.int32), free_NK)
+    expert_NK = checkpoint_name(expert_NK, CHOICE)
     if spec.scoring == "softmax_chosen":
         weight_NK = jax.nn.softmax(jnp.take_along_axis(logits_NE, expert_NK, axis=-1), axis=-1)
     else:
