@@ -1,5 +1,6 @@
 """Statistics of the next-token distribution, over the whole vocabulary."""
 
 from ppojax.kernels.api import Implementation, token_stats
+from ppojax.kernels.reference import cap_logits
 
-__all__ = ["Implementation", "token_stats"]
+__all__ = ["Implementation", "cap_logits", "token_stats"]

@@ -5,8 +5,9 @@ With g = d loss / d logp and h = d loss / d entropy,
     d loss / d z[n, v] = g_n (1[v = target_n] - p[n, v]) - h_n p[n, v] (log p[n, v] + entropy_n),
 
 so one backward sweep serves both statistics, and beyond its inputs it needs the log-sum-exp and the entropy of each
-row, N numbers each. A tile's logits are recomputed there: a fourth product beside the three of the naive way. Only
-when all the logits fit in `KEEP_BYTES` is there a single tile, and it is kept instead.
+row, N numbers each. Capped logits, z = cap tanh(x / cap) / temperature, need nothing more: dz/dx is
+(1 - (z temperature / cap)^2) / temperature. A tile's logits are recomputed there: a fourth product beside the three of
+the naive way. Only when all the logits fit in `KEEP_BYTES` is there a single tile, and it is kept instead.
 
 Peak temporary memory, besides the head's gradient in float32 (twice): a few tiles, or a few times the kept logits.
 """
@@ -49,6 +50,7 @@ def token_stats(
     *,
     temperature: float,
     entropy: bool,
+    softcap: float | None = None,
     rows_per_tile: int | None = None,
 ) -> TokenStats:
     """Compute `ppojax.kernels.token_stats` tile by tile; `rows_per_tile` overrides the byte budget."""
@@ -57,7 +59,7 @@ def token_stats(
         empty_N = jnp.zeros(0, jnp.float32)
         return TokenStats(empty_N, empty_N if entropy else None)
     per_tile = tile_rows(rows, head_VD.shape[0]) if rows_per_tile is None else rows_per_tile
-    return _token_stats(temperature, entropy, -(-rows // per_tile), hidden_ND, head_VD, target_N)
+    return _token_stats(temperature, entropy, softcap, -(-rows // per_tile), hidden_ND, head_VD, target_N)
 
 
 def _to_tiles(x: jax.Array, tiles: int) -> jax.Array:
@@ -70,17 +72,17 @@ def _from_tiles(x: jax.Array, rows: int) -> jax.Array:
     return jnp.swapaxes(x, 0, 1).reshape(-1, *x.shape[2:])[:rows]
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
-def _token_stats(temperature, entropy, tiles, hidden_ND, head_VD, target_N):
-    return _forward(temperature, entropy, tiles, hidden_ND, head_VD, target_N)[0]
+@partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2, 3))
+def _token_stats(temperature, entropy, softcap, tiles, hidden_ND, head_VD, target_N):
+    return _forward(temperature, entropy, softcap, tiles, hidden_ND, head_VD, target_N)[0]
 
 
-def _forward(temperature, entropy, tiles, hidden_ND, head_VD, target_N):
+def _forward(temperature, entropy, softcap, tiles, hidden_ND, head_VD, target_N):
     rows = hidden_ND.shape[0]
 
     def tile(carry, inputs):
         hidden_nD, target_n = inputs
-        z_nV = logits(hidden_nD, head_VD, temperature)
+        z_nV = logits(hidden_nD, head_VD, temperature, softcap)
         max_n = jnp.max(z_nV, axis=-1)
         shifted_nV = z_nV - max_n[:, None]
         exp_nV = jnp.exp(shifted_nV)
@@ -96,19 +98,22 @@ def _forward(temperature, entropy, tiles, hidden_ND, head_VD, target_N):
     return TokenStats(logp_N, entropy_N), (hidden_ND, head_VD, target_N, lse_N, entropy_N, z_NV)
 
 
-def _backward(temperature, entropy, tiles, residuals, cotangent):
+def _backward(temperature, entropy, softcap, tiles, residuals, cotangent):
     hidden_ND, head_VD, target_N, lse_N, entropy_N, z_NV = residuals
     dtype = product_dtype(hidden_ND, head_VD)
     head_in_dtype_VD = head_VD.astype(dtype)
 
     def tile(d_head_VD, inputs):
         hidden_nD, target_n, lse_n, entropy_n, z_nV, d_logp_n, d_entropy_n = inputs
-        logp_nV = (logits(hidden_nD, head_VD, temperature) if z_nV is None else z_nV) - lse_n[:, None]
+        z_nV = logits(hidden_nD, head_VD, temperature, softcap) if z_nV is None else z_nV
+        logp_nV = z_nV - lse_n[:, None]
         hit_nV = jax.lax.broadcasted_iota(target_n.dtype, logp_nV.shape, 1) == target_n[:, None]
         weight_nV = jnp.broadcast_to(d_logp_n[:, None], logp_nV.shape)
         if entropy:
             weight_nV = weight_nV + d_entropy_n[:, None] * (logp_nV + entropy_n[:, None])
         d_z_nV = jnp.where(hit_nV, d_logp_n[:, None], 0.0) - jnp.exp(logp_nV) * weight_nV
+        if softcap is not None:
+            d_z_nV = d_z_nV * (1.0 - jnp.square(z_nV * (temperature / softcap)))
         d_z_nV = (d_z_nV if temperature == 1.0 else d_z_nV / temperature).astype(dtype)
         d_hidden_nD = jnp.matmul(d_z_nV, head_in_dtype_VD, preferred_element_type=jnp.float32)
         d_head_VD += jnp.matmul(d_z_nV.T, hidden_nD.astype(dtype), preferred_element_type=jnp.float32)

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from ppojax.kernels import token_stats
+from ppojax.kernels import cap_logits, token_stats
 from ppojax.mesh import sharding
 from ppojax.models.attention import KeyValue, Packing
 from ppojax.models.critic import Critic
@@ -76,6 +76,12 @@ def head_VD(params: Params) -> jax.Array:
     return params["head"] if "head" in params else params["embed"]
 
 
+def logits(model: ModelDef, head_VD: jax.Array, hidden_BD: jax.Array) -> jax.Array:
+    """Logits of the next token, `[..., V]` float32, from a head in the compute type; capped where the model does."""
+    z = jnp.einsum("...d,vd->...v", hidden_BD, head_VD, preferred_element_type=jnp.float32)
+    return cap_logits(z, model.spec.logit_softcap)
+
+
 def hidden_states(
     model: ModelDef,
     params: Params,
@@ -138,7 +144,7 @@ def score_tokens(
 ) -> TokenStats:
     """Score the actions of each row under the policy, aligned with their tokens; 0 elsewhere.
 
-    `logp_BT[:, t] = log softmax(head @ hidden[:, t-1] / temperature)[token[:, t]]`. Only action positions meet the
+    `logp_BT[:, t] = log softmax(logits(hidden[:, t-1]) / temperature)[token[:, t]]`. Only action positions meet the
     head, and the vocabulary is never held for all of them at once.
     """
     before_BRD, offset_B = read_rows(model, params, experience, layout)
@@ -150,7 +156,12 @@ def score_tokens(
     target_BA = jnp.take_along_axis(experience.token_BT, index_BA, axis=1)
     head = head_VD(params).astype(model.dtype)
     stats = token_stats(
-        chosen_BAD.reshape(B * A, -1), head, target_BA.reshape(B * A), temperature=temperature, entropy=entropy
+        chosen_BAD.reshape(B * A, -1),
+        head,
+        target_BA.reshape(B * A),
+        temperature=temperature,
+        entropy=entropy,
+        softcap=model.spec.logit_softcap,
     )
 
     def align(x_N: jax.Array) -> jax.Array:

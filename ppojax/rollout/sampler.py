@@ -17,7 +17,7 @@ import numpy as np
 
 from ppojax.mesh import sharding
 from ppojax.models.attention import KeyValue
-from ppojax.models.forward import ModelDef, Params, head_VD, hidden_states
+from ppojax.models.forward import ModelDef, Params, head_VD, hidden_states, logits
 from ppojax.rollout.stop import START
 
 CACHE = (None, "rows", None, "kv_heads", None)  # logical axes of keys and values
@@ -156,8 +156,7 @@ def decode(
 
     def step(carry: tuple) -> tuple:
         n, live_B, state_B, slots, turn = carry
-        logits_BV = jnp.einsum("bd,vd->bv", slots.hidden_BD, head, preferred_element_type=jnp.float32)
-        logits_BV = logits_BV / sampler.temperature
+        logits_BV = logits(sampler.model, head, slots.hidden_BD) / sampler.temperature
         uniform_B = jax.vmap(lambda k, t: jax.random.uniform(jax.random.fold_in(k, t)))(key_B, slots.length_B)
         token_B, logp_B = greedy_choice(logits_BV) if sampler.greedy else sample(logits_BV, uniform_B)
         hidden_BTD, new, _ = hidden_states(

@@ -31,11 +31,13 @@ def inputs(rows: int, vocabulary: int, largest: float = 3.0, seed: int = 0):
     )
 
 
-def exact(hidden, head, target, weights, temperature=1.0):
+def exact(hidden, head, target, weights, temperature=1.0, softcap=None):
     """logp, entropy, and the gradients of weights . (logp, entropy), in float64."""
     hidden, head, weights = (np.asarray(x, np.float64) for x in (hidden, head, weights))
     rows = np.arange(len(target))
-    z = hidden @ head.T / temperature
+    z = hidden @ head.T
+    slope = 1 if softcap is None else 1 - np.tanh(z / softcap) ** 2
+    z = (z if softcap is None else softcap * np.tanh(z / softcap)) / temperature
     log_p = z - z.max(1, keepdims=True)
     log_p -= np.log(np.exp(log_p).sum(1, keepdims=True))
     p = np.exp(log_p)
@@ -43,7 +45,8 @@ def exact(hidden, head, target, weights, temperature=1.0):
     one_hot = np.zeros_like(p)
     one_hot[rows, target] = 1
     d_z = weights[0][:, None] * (one_hot - p) - weights[1][:, None] * p * (log_p + entropy[:, None])
-    return log_p[rows, target], entropy, d_z @ head / temperature, d_z.T @ hidden / temperature
+    d_z = d_z * slope / temperature
+    return log_p[rows, target], entropy, d_z @ head, d_z.T @ hidden
 
 
 def run(function, hidden, head, target, weights, **settings):
@@ -91,6 +94,19 @@ def test_temperature(temperature, rows_per_tile):
     settings = {"entropy": True, "temperature": temperature}
     compare(run(tiled.token_stats, *x, rows_per_tile=rows_per_tile, **settings), exact(*x, temperature), **TIGHT)
     compare(run(token_stats, *x, implementation="reference", **settings), exact(*x, temperature), **TIGHT)
+
+
+@pytest.mark.parametrize("rows_per_tile", ["reference", 3, 7])
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_softcap(temperature, rows_per_tile):
+    """Raw logits reach 6, the cap is 4: tanh bends them; then they are divided by the temperature."""
+    x = inputs(7, 17, largest=6.0)
+    settings = {"entropy": True, "temperature": temperature, "softcap": 4.0}
+    if rows_per_tile == "reference":
+        found = run(token_stats, *x, implementation="reference", **settings)
+    else:
+        found = run(tiled.token_stats, *x, rows_per_tile=rows_per_tile, **settings)
+    compare(found, exact(*x, temperature, 4.0), **TIGHT)
 
 
 @pytest.mark.parametrize("rows_per_tile", [3, 7])
@@ -168,6 +184,12 @@ def test_temperature_must_be_positive(temperature):
     x = inputs(1, 17)[:3]
     with pytest.raises(ValueError, match=r"temperature is .*, expected a number above 0"):
         token_stats(*x, temperature=temperature)
+
+
+@pytest.mark.parametrize("softcap", [0.0, -1.0])
+def test_softcap_must_be_positive(softcap):
+    with pytest.raises(ValueError, match=r"softcap is .*, expected a number above 0, or None"):
+        token_stats(*inputs(1, 17)[:3], softcap=softcap)
 
 
 def test_tiles_stay_within_their_budget():
