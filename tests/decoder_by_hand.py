@@ -65,7 +65,7 @@ def frequency(rope: RopeSpec, width: int) -> np.ndarray:
         share = np.clip((turns - rope.low) / (rope.high - rope.low), 0, 1)
         return (1 - share) * f / rope.factor + share * f
     if rope.scaling == "yarn":
-        grid = np.linspace(-width, 2 * width, 300_001)
+        grid = np.linspace(0, width, 2_000_001)
         turns = rope.original * rope.theta ** (-2 * grid / width) / (2 * np.pi)
         first, last = (grid[np.abs(turns - beta).argmin()] for beta in (rope.beta_fast, rope.beta_slow))
         if rope.truncate:
