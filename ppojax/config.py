@@ -14,6 +14,7 @@ from ppojax.envs import EnvConfig
 from ppojax.losses import DPPO, Loss
 from ppojax.mesh import MeshConfig
 from ppojax.models.settings import CutCritic, FreshCritic, FreshSpec, ModelConfig
+from ppojax.models.value_head import HLGaussHead
 from ppojax.rollout.settings import RolloutConfig
 from ppojax.runtime.settings import CheckpointConfig
 from ppojax.settings import Contradiction, Settings, load_config
@@ -270,12 +271,32 @@ def _critic(config: Config) -> Iterator[Contradiction]:
         )
     if isinstance(critic.model, FreshCritic):
         yield from _shape(config, critic.model.shape, "critic.model.shape")
+    yield from _ensemble(config)
+    if isinstance(critic.head, HLGaussHead) and critic.loss.clip is not None:
+        yield Contradiction(
+            ("critic.head.type", "critic.loss.clip"),
+            "a distribution over bins is fitted by cross-entropy, which has no clip",
+            "set critic.loss.clip=null",
+        )
     if critic.warmup_steps >= config.steps:
         yield Contradiction(
             ("critic.warmup_steps", "steps"),
             "the policy would never be trained",
             "raise steps or lower critic.warmup_steps",
         )
+
+
+def _ensemble(config: Config) -> Iterator[Contradiction]:
+    critic, rollout = config.critic, config.rollout
+    dealt = {"prompts": ("rollout.prompts", rollout.prompts), "responses": ("rollout.group_size", rollout.group_size)}
+    if critic.split in dealt:
+        key, size = dealt[critic.split]
+        if critic.count > size:
+            yield Contradiction(
+                ("critic.count", "critic.split", key),
+                f"{size} {critic.split} do not go round among {critic.count} critics",
+                f"set critic.count to {size} or less, or critic.split=none",
+            )
 
 
 def _warm_start(config: Config) -> Iterator[Contradiction]:

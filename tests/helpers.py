@@ -9,11 +9,12 @@ from ppojax.experience.pack import layout_of, pack
 from ppojax.mesh import MeshConfig
 from ppojax.models.forward import ModelDef, init
 from ppojax.models.spec import DecoderSpec
+from ppojax.models.value_head import LinearHead
 from ppojax.types import Ending, Experience, Layout, Row
 
 SPEC = DecoderSpec(layers=2, width=32, heads=4, kv_heads=4, head_width=8, ffn=64, vocab=48)
 ACTOR = ModelDef(SPEC)
-CRITIC = ModelDef(SPEC.model_copy(update={"layers": 1}), critic=True)
+CRITIC = ModelDef(SPEC.model_copy(update={"layers": 1}), head=LinearHead())
 
 
 def random_rows(prompts: int, group: int, seed: int = 0, vocab: int = 48) -> list[Row]:
@@ -47,6 +48,6 @@ def random_experience(
 def params(model: ModelDef = ACTOR, seed: int = 0) -> dict:
     """Fresh parameters; a critic's head is drawn too, so that values are not all zero."""
     drawn = init(model, jax.random.key(seed))
-    if model.critic:
+    if model.head is not None:
         drawn["value_head"] = 0.3 * jax.random.normal(jax.random.key(seed + 1), drawn["value_head"].shape)
     return drawn

@@ -70,7 +70,7 @@ def test_every_matrix_is_split_over_fsdp_and_tensor(model: ModelDef) -> None:
     """Each device holds a quarter of each matrix, of its moments too; norms and the value head are whole."""
     mesh = MeshConfig(fsdp=2, tensor=2).build()
     given = params(model)
-    optimizer = CriticConfig().build_optimizer() if model.critic else OptimizerConfig().build()
+    optimizer = CriticConfig().build_optimizer() if model.head is not None else OptimizerConfig().build()
     state = init_state(model, given, optimizer, mesh)
     whole = {"attn_norm", "mlp_norm", "norm", "value_head"}
 

@@ -54,7 +54,7 @@ def advantage_metrics(batch: Batch, gamma: float) -> dict[str, float]:
 
     `critic/vf_explained_var` is 1 - Var[G - V] / Var[G] with G the Monte-Carlo return, not the bootstrapped target
     (which contains V itself and flatters it); V is the mean over critics, taken before this step's update. It is
-    left out when returns do not vary.
+    left out when returns do not vary. `critic/value_std` is the deviation between critics, averaged over tokens.
     """
     e = jax.device_get(batch.experience)
     action_BT, advantage_BT = e.action_BT, jax.device_get(batch.advantage_BT)
@@ -72,6 +72,8 @@ def advantage_metrics(batch: Batch, gamma: float) -> dict[str, float]:
         value = e.value_MBT.mean(0)[action_BT].astype(np.float64)
         out["critic/values/mean"] = float(value.mean())
         out["critic/values/std"] = float(value.std())
+        if len(e.value_MBT) > 1:
+            out["critic/value_std"] = float(e.value_MBT.std(0)[action_BT].mean())
         out["critic/value_error/rms"] = float(np.sqrt(np.mean((returns - value) ** 2)))
         if returns.var() > 1e-8:
             out["critic/vf_explained_var"] = float(1 - (returns - value).var() / returns.var())

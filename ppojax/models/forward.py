@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -16,6 +16,7 @@ from ppojax.models.attention import KeyValue, Packing
 from ppojax.models.critic import Critic
 from ppojax.models.decoder import Decoder, Hidden
 from ppojax.models.spec import DecoderSpec, Remat
+from ppojax.models.value_head import ValueHead
 from ppojax.types import Experience, Layout, TokenStats
 
 Params = dict[str, Any]
@@ -25,19 +26,31 @@ FLOAT32 = {"value_head", "router", "router_bias", "choice_bias"}  # computed in 
 
 @dataclass(frozen=True)
 class ModelDef:
-    """All of a model but its numbers: a static argument of jit."""
+    """All of a model but its numbers: a static argument of jit.
+
+    With `count` over 1 it is that many critics, and every parameter has a leading axis over them.
+    """
 
     spec: DecoderSpec
     dtype: str = "float32"
     remat: Remat = "full"
-    critic: bool = False  # the decoder carries a value head
+    head: ValueHead | None = None  # what values are read by; None for a policy
+    count: int = 1
     mesh: jax.sharding.Mesh | None = None  # where it runs; experts need it to send tokens between devices
+
+    @property
+    def member(self) -> ModelDef:
+        """One critic of an ensemble."""
+        return replace(self, count=1)
 
 
 @lru_cache(maxsize=32)
 def _structure(model: ModelDef) -> tuple[nnx.GraphDef, nnx.State]:
-    kind = Critic if model.critic else Decoder
-    return nnx.split(nnx.eval_shape(lambda: kind(model.spec, nnx.Rngs(0))))
+    return nnx.split(nnx.eval_shape(lambda: _module(model, nnx.Rngs(0))))
+
+
+def _module(model: ModelDef, rngs: nnx.Rngs) -> nnx.Module:
+    return Decoder(model.spec, rngs) if model.head is None else Critic(model.spec, model.head, rngs)
 
 
 def _bind(model: ModelDef, params: Params) -> Any:
@@ -54,13 +67,21 @@ def _bind(model: ModelDef, params: Params) -> Any:
 
 
 def init(model: ModelDef, key: jax.Array) -> Params:
-    """Draw fresh parameters (float32)."""
-    kind = Critic if model.critic else Decoder
-    return nnx.to_pure_dict(nnx.state(kind(model.spec, nnx.Rngs(key))))
+    """Draw fresh parameters (float32), for each critic its own."""
+
+    def one(key: jax.Array) -> Params:
+        return nnx.to_pure_dict(nnx.state(_module(model, nnx.Rngs(key))))
+
+    return one(key) if model.count == 1 else stack([one(k) for k in jax.random.split(key, model.count)])
+
+
+def stack(members: list[Params]) -> Params:
+    """Put the parameters of critics together along a new leading axis."""
+    return jax.tree.map(lambda *leaves: jnp.stack(leaves), *members)
 
 
 def abstract_params(model: ModelDef) -> Params:
-    """Shapes and types of the master weights."""
+    """Shapes and types of the master weights, of one critic where there are more."""
     return nnx.to_pure_dict(_structure(model)[1])
 
 
@@ -68,7 +89,10 @@ def param_shardings(model: ModelDef, mesh: jax.sharding.Mesh) -> Params:
     """The sharding of each parameter on a mesh, from the logical axes that it declares."""
     state = _structure(model)[1]
     axes = jax.tree.map(lambda v: v.get_metadata("axes"), state, is_leaf=lambda v: isinstance(v, nnx.Variable))
-    return jax.tree.map(lambda a: sharding(mesh, a), nnx.to_pure_dict(axes), is_leaf=lambda a: isinstance(a, tuple))
+    members = () if model.count == 1 else (None,)
+    return jax.tree.map(
+        lambda a: sharding(mesh, members + a), nnx.to_pure_dict(axes), is_leaf=lambda a: isinstance(a, tuple)
+    )
 
 
 def head_VD(params: Params) -> jax.Array:
@@ -94,7 +118,7 @@ def hidden_states(
 ) -> Hidden:
     """Final hidden states of `token_BT`, the tokens' keys and values, and their routing (see `Decoder.__call__`)."""
     bound = _bind(model, params)
-    decoder = bound.trunk if model.critic else bound
+    decoder = bound if model.head is None else bound.trunk
     return decoder(token_BT, position_BT, cache, packing, routed, valid_BT=valid_BT, mesh=model.mesh, remat=model.remat)
 
 
@@ -171,15 +195,32 @@ def score_tokens(
     return TokenStats(align(stats.logp), None if stats.entropy is None else align(stats.entropy))
 
 
-def values(model: ModelDef, params: Params, experience: Experience, layout: Layout = PLAIN) -> jax.Array:
-    """Value of the state in which each token was chosen, `[M, B, T]` float32.
+class Prediction(NamedTuple):
+    """What critics say of each state, float32."""
 
-    `value[:, :, t]` reads the hidden state of token t - 1, so it does not see token t. Positions inside a shared
-    prefix, which no estimator reads, get 0.
+    value_MBT: jax.Array
+    output_MBTK: jax.Array  # of the value head: what its loss is made of
+
+
+def values(model: ModelDef, params: Params, experience: Experience, layout: Layout = PLAIN) -> jax.Array:
+    """Value of the state in which each token was chosen, `[M, B, T]` float32 (see `predict`)."""
+    return predict(model, params, experience, layout).value_MBT
+
+
+def predict(model: ModelDef, params: Params, experience: Experience, layout: Layout = PLAIN) -> Prediction:
+    """Read the critics: the value of the state in which each token was chosen, and what it was computed from.
+
+    `[:, :, t]` reads the hidden state of token t - 1, so it does not see token t. Positions inside a shared prefix,
+    which no estimator reads, get 0.
     """
+    if model.count > 1:
+        parts = jax.vmap(lambda p: predict(model.member, p, experience, layout))(params)
+        return jax.tree.map(lambda x: x[:, 0], parts)
+    assert model.head is not None, "a policy has no values"
     before_BRD, offset_B = read_rows(model, params, experience, layout)
-    value_MBR = _bind(model, params).value(before_BRD)
+    output_BRK = _bind(model, params).outputs(before_BRD)
     place_BT = positions(experience.token_BT) - offset_B[:, None]
     inside_BT = (place_BT >= 0) & (place_BT < before_BRD.shape[1])
-    aligned_MBT = jnp.take_along_axis(value_MBR, jnp.clip(place_BT, 0, before_BRD.shape[1] - 1)[None], axis=2)
-    return jnp.where(inside_BT[None], aligned_MBT, 0.0)
+    place_BT1 = jnp.clip(place_BT, 0, before_BRD.shape[1] - 1)[:, :, None]
+    output_BTK = jnp.where(inside_BT[:, :, None], jnp.take_along_axis(output_BRK, place_BT1, axis=1), 0.0)
+    return Prediction(jnp.where(inside_BT, model.head.value(output_BTK), 0.0)[None], output_BTK[None])

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import math
 import string
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import jax
 
 from ppojax.errors import DataError
-from ppojax.models.critic import cut_from_actor
-from ppojax.models.forward import ModelDef, Params, init
+from ppojax.models.critic import cut_spec, cut_trunk, new_head
+from ppojax.models.forward import ModelDef, Params, init, stack
 from ppojax.models.gguf import read_gguf
 from ppojax.models.llama import read_hf
 from ppojax.models.settings import CriticModelConfig, CutCritic, FreshCritic, ModelConfig
@@ -18,7 +19,9 @@ from ppojax.models.smollm2 import find_smollm2
 from ppojax.models.spec import DecoderSpec
 from ppojax.models.tokenizer import Tokenizer, char_tokenizer
 from ppojax.models.tokenizer_files import tokenizer_from_gguf, tokenizer_from_hf
+from ppojax.models.value_head import LinearHead, ValueHead
 
+LINEAR = LinearHead()
 HUB_FILES = ("*.json", "*.safetensors", "*.jinja")
 
 
@@ -78,24 +81,44 @@ def _download(hub_id: str) -> Path:
         raise DataError(f"model.path: cannot fetch {hub_id} from the hub ({error.__class__.__name__})") from error
 
 
-def load_critic(config: CriticModelConfig, actor: Loaded, key: jax.Array) -> tuple[ModelDef, Params]:
-    """Make the critic's model: cut from the actor, pretrained, or fresh; the value head starts at zero.
+def load_critic(
+    config: CriticModelConfig,
+    actor: Loaded,
+    key: jax.Array,
+    head: ValueHead = LINEAR,
+    count: int = 1,
+    noise: float = 0.0,
+) -> tuple[ModelDef, Params]:
+    """Make the critics' model: cut from the actor, pretrained, or fresh, with a value head that starts at zero.
+
+    Critics of an ensemble start from the same trunk, fresh ones from their own. Each has its own noise on its head:
+    normal, with a deviation of `noise` / sqrt(D), so that values differ by about `noise` for states of unit scale.
 
     Raises:
         DataError: the critic's tokenizer is not the actor's, or more layers are cut than the actor has.
     """
+    spec, trunk = _trunk(config, actor)
+    model = replace(actor.model, spec=spec, head=head, count=count)
+    if trunk is None:
+        params = init(model, key)
+    else:
+        one = {"trunk": trunk, "value_head": new_head(spec, head)}
+        params = one if count == 1 else stack([one] * count)
+    if count > 1:
+        drawn = jax.random.normal(jax.random.fold_in(key, 1), (count, spec.width, head.outputs), "float32")
+        params["value_head"] = params["value_head"].at[:, :-1].add(noise / math.sqrt(spec.width) * drawn)
+    return model, params
+
+
+def _trunk(config: CriticModelConfig, actor: Loaded) -> tuple[DecoderSpec, Params | None]:
+    """Where a critic's trunk comes from; None for one that is drawn."""
     if isinstance(config, CutCritic):
         if config.layers > actor.model.spec.layers:
             raise DataError(f"critic.model.layers = {config.layers}, the actor has {actor.model.spec.layers} layers")
-        spec, params = cut_from_actor(actor.model.spec, actor.params, config.layers)
-        return ModelDef(spec, actor.model.dtype, actor.model.remat, critic=True), params
+        return cut_spec(actor.model.spec, config.layers), cut_trunk(actor.model.spec, actor.params, config.layers)
     if isinstance(config, FreshCritic):
-        model = ModelDef(
-            config.shape.decoder(actor.model.spec.vocab), actor.model.dtype, actor.model.remat, critic=True
-        )
-        return model, init(model, key)
+        return config.shape.decoder(actor.model.spec.vocab), None
     spec, params, tokenizer = read_pretrained(config.path)
     if tokenizer.fingerprint() != actor.tokenizer.fingerprint():
         raise DataError(f"critic.model.path {config.path}: its tokenizer is not the actor's; they must be the same")
-    spec, params = cut_from_actor(spec, params, spec.layers)
-    return ModelDef(spec, actor.model.dtype, actor.model.remat, critic=True), params
+    return cut_spec(spec, spec.layers), cut_trunk(spec, params, spec.layers)

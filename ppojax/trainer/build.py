@@ -13,7 +13,7 @@ from ppojax.envs import Task
 from ppojax.errors import ConfigError, DataError
 from ppojax.mesh import enable_compilation_cache, replicated
 from ppojax.models.forward import ModelDef
-from ppojax.models.pretrained import load_critic, load_model
+from ppojax.models.pretrained import Loaded, load_critic, load_model
 from ppojax.models.tokenizer import Tokenizer
 from ppojax.rollout.collect import Collector
 from ppojax.rollout.sampler import SamplerDef
@@ -68,9 +68,7 @@ def build(config: Config) -> tuple[Parts, States]:
     states = States(init_state(loaded.model, loaded.params, config.actor.optimizer.build(), mesh), None)
     critic = None
     if config.advantage.needs_values:
-        critic, params = load_critic(config.critic.model, loaded, purpose_key(config.seed, OUTSIDE, INIT_CRITIC))
-        _check_mesh(config, critic)
-        states.critic = init_state(critic, params, config.critic.build_optimizer(), mesh)
+        critic, states.critic = build_critic(config, loaded, mesh)
     parts = Parts(
         mesh,
         loaded.tokenizer,
@@ -89,6 +87,15 @@ def build(config: Config) -> tuple[Parts, States]:
         parts.collector.prompt(task, env)
         env.close()
     return parts, states
+
+
+def build_critic(config: Config, actor: Loaded, mesh: jax.sharding.Mesh) -> tuple[ModelDef, TrainState]:
+    """Make the critics and start their optimizer."""
+    settings = config.critic
+    key = purpose_key(config.seed, OUTSIDE, INIT_CRITIC)
+    critic, params = load_critic(settings.model, actor, key, settings.head, settings.count, settings.noise)
+    _check_mesh(config, critic)
+    return critic, init_state(critic, params, settings.build_optimizer(), mesh)
 
 
 def make_collector(config: Config, model: ModelDef, tokenizer: Tokenizer, mesh: jax.sharding.Mesh) -> Collector:

@@ -18,17 +18,17 @@ from ppojax.experience.minibatch import minibatches
 from ppojax.experience.pack import layout_of, pack
 from ppojax.experience.score import Scorers, score
 from ppojax.experience.summary import advantage_metrics, rollout_metrics
-from ppojax.models.critic import cut_from_actor
 from ppojax.models.forward import Params
+from ppojax.models.pretrained import Loaded
 from ppojax.models.settings import CutCritic
 from ppojax.rollout.tasks import task_stream
 from ppojax.runtime.compiling import compile_metrics
-from ppojax.trainer.build import SAMPLE, States, build, purpose_key
+from ppojax.trainer.build import SAMPLE, States, build, build_critic, purpose_key
 from ppojax.trainer.warm_start import warm_start
 from ppojax.types import Batch, Layout, Rollout
 from ppojax.update.actor import actor_step
 from ppojax.update.critic import critic_step
-from ppojax.update.state import init_state, skipped_in_a_row
+from ppojax.update.state import skipped_in_a_row
 
 
 @dataclass(frozen=True)
@@ -72,10 +72,9 @@ class Trainer:
         self.states.actor, losses = warm_start(self.config, settings, self.parts, self.states.actor)
         # What was taken from the actor is taken again, from the policy that training starts with.
         self.reference = self._copy_of_actor()
-        critic = self.config.critic
-        if self.parts.critic is not None and isinstance(critic.model, CutCritic):
-            _, cut = cut_from_actor(self.parts.actor.spec, self.states.actor.params, critic.model.layers)
-            self.states.critic = init_state(self.parts.critic, cut, critic.build_optimizer(), self.parts.mesh)
+        if self.parts.critic is not None and isinstance(self.config.critic.model, CutCritic):
+            warm = Loaded(self.parts.actor, self.states.actor.params, self.parts.tokenizer)
+            _, self.states.critic = build_critic(self.config, warm, self.parts.mesh)
         return losses
 
     def step(self) -> StepOut:

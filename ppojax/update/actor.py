@@ -54,7 +54,8 @@ def actor_step(
     grads, value, weight, metrics = gradients(objective, state.params, batch, microbatch_rows, layout.group)
     transform = optimizer.build()
     rate = optimizer.learning_rate_at(state.step)
-    state, applied = apply_gradients(state, grads, weight, transform, state_shardings(model, transform, mesh))
+    state, applied = apply_gradients(state, grads, weight, transform)
+    state = jax.lax.with_sharding_constraint(state, state_shardings(model, transform, mesh))
     one = jnp.float32(1)
     metrics |= {"actor/loss": Mean(value, one), "actor/lr": Mean(rate, one)}
     return state, finish(metrics | {f"actor/{name}": m for name, m in applied.items()})

@@ -8,10 +8,11 @@ import jax
 import jax.numpy as jnp
 
 from ppojax.masking import finish
-from ppojax.models.forward import ModelDef, Params, values
+from ppojax.models.forward import ModelDef, Params, predict
+from ppojax.models.value_head import HLGaussHead
 from ppojax.types import Batch, Layout, LossOut, Mean, TrainState
 from ppojax.update.accumulate import gradients
-from ppojax.update.settings import CriticConfig
+from ppojax.update.settings import CriticConfig, Split
 from ppojax.update.state import apply_gradients, state_shardings
 
 
@@ -26,15 +27,60 @@ def critic_step(
     microbatch_rows: int,
     mesh: jax.sharding.Mesh,
 ) -> tuple[TrainState, dict[str, jax.Array]]:
-    """Take one optimizer step of the value regression on a minibatch."""
+    """Take one optimizer step of the value regression on a minibatch.
+
+    Critics of an ensemble are so many lone critics: each has its own rows, gradient, clipping and optimizer state, and
+    may be refused alone. Metrics are means over them.
+    """
+    transform = config.build_optimizer()
+    one = partial(_step, model=model.member, config=config, layout=layout, microbatch_rows=microbatch_rows)
+    if model.count == 1:
+        state, metrics = one(state, batch)
+    else:
+        state, metrics = jax.vmap(one, in_axes=(0, _axes(batch)))(state, _deal(batch, model.count, config.split))
+        metrics = {name: jnp.mean(value) for name, value in metrics.items()}
+    return jax.lax.with_sharding_constraint(state, state_shardings(model, transform, mesh)), metrics
+
+
+def _step(
+    state: TrainState, batch: Batch, *, model: ModelDef, config: CriticConfig, layout: Layout, microbatch_rows: int
+) -> tuple[TrainState, dict[str, jax.Array]]:
+    """The step of one critic."""
 
     def objective(params: Params, rows: Batch) -> LossOut:
-        return config.loss(values(model, params, rows.experience, layout), rows)
+        got = predict(model, params, rows.experience, layout)
+        if isinstance(model.head, HLGaussHead):
+            assert rows.return_MBT is not None, "no critic targets: the advantage estimator returned none"
+            return config.loss(got.value_MBT, rows, model.head.cross_entropy(got.output_MBTK, rows.return_MBT))
+        return config.loss(got.value_MBT, rows)
 
     grads, value, weight, metrics = gradients(objective, state.params, batch, microbatch_rows, layout.group)
-    transform = config.build_optimizer()
     rate = config.optimizer.learning_rate_at(state.step)
-    state, applied = apply_gradients(state, grads, weight, transform, state_shardings(model, transform, mesh))
+    state, applied = apply_gradients(state, grads, weight, config.build_optimizer())
     one = jnp.float32(1)
     metrics |= {"critic/loss": Mean(value, one), "critic/lr": Mean(rate, one)}
     return state, finish(metrics | {f"critic/{name}": m for name, m in applied.items()})
+
+
+def _deal(batch: Batch, count: int, split: Split) -> Batch:
+    """Give every critic of an ensemble its values, its targets and its actions, on a leading axis.
+
+    `prompts`: critic m learns from the groups g with g % M = m; `responses`: from the episodes e with e % M = m, which
+    are every M-th of each group (AsyPPO, arXiv 2510.01656, splits each prompt's responses without overlap).
+    """
+    e = batch.experience
+    owner_B = {"none": None, "prompts": e.group_B, "responses": e.episode_B}[split]
+    action_MBT = jnp.broadcast_to(e.action_BT, (count, *e.action_BT.shape))
+    if owner_B is not None:
+        mine_MB = owner_B[None, :] % count == jnp.arange(count, dtype=jnp.int32)[:, None]
+        action_MBT = action_MBT & mine_MB[:, :, None]
+    value_MBT = None if e.value_MBT is None else e.value_MBT[:, None]
+    returns_MBT = None if batch.return_MBT is None else batch.return_MBT[:, None]
+    return batch._replace(experience=e._replace(action_BT=action_MBT, value_MBT=value_MBT), return_MBT=returns_MBT)
+
+
+def _axes(batch: Batch) -> Batch:
+    """Which arrays of a dealt batch are each critic's own."""
+    shared = jax.tree.map(lambda _: None, batch)
+    experience = shared.experience._replace(action_BT=0, value_MBT=None if batch.experience.value_MBT is None else 0)
+    return shared._replace(experience=experience, return_MBT=None if batch.return_MBT is None else 0)

@@ -10,6 +10,9 @@ from ppojax.component import Component
 from ppojax.lazy import jax, jnp, optax
 from ppojax.losses import ValueLoss
 from ppojax.models.settings import CriticModelConfig, CutCritic
+from ppojax.models.value_head import LinearHead, ValueHead
+
+Split = Literal["none", "prompts", "responses"]
 
 
 class OptimizerConfig(Component):
@@ -65,6 +68,7 @@ class CriticConfig(Component):
     """The critics and their update; built only when the advantage estimator needs values."""
 
     model: CriticModelConfig = Field(default=CutCritic(), description="where the critic comes from")
+    head: ValueHead = Field(default=LinearHead(), description="how a value is read off the critic, and fitted")
     optimizer: OptimizerConfig = Field(
         default=OptimizerConfig(learning_rate=1e-5), description="the critic's optimizer"
     )
@@ -74,7 +78,15 @@ class CriticConfig(Component):
         default=1, ge=1, description="passes of the critic over the step's rows for each pass of the actor"
     )
     warmup_steps: int = Field(default=0, ge=0, description="training steps in which only the critic learns")
-    count: Literal[1] = Field(default=1, description="critics in the ensemble")
+    count: int = Field(default=1, ge=1, description="critics in the ensemble; advantages are made of their mean")
+    split: Split = Field(
+        default="none",
+        description="what each of several critics learns from: none: all rows; prompts: every count-th prompt; "
+        "responses: every count-th episode of each prompt",
+    )
+    noise: float = Field(
+        default=0.01, ge=0, description="about how much the values of several critics differ at the start"
+    )
 
     def build_optimizer(self) -> optax.GradientTransformation:
         """The optimizer, with its own learning rate for the value head, which starts from nothing."""

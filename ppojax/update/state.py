@@ -28,13 +28,17 @@ def state_shardings(model: ModelDef, optimizer: optax.GradientTransformation, me
 def init_state(
     model: ModelDef, params: Params, optimizer: optax.GradientTransformation, mesh: jax.sharding.Mesh
 ) -> TrainState:
-    """Place float32 parameters on the mesh and start the optimizer beside them."""
+    """Place float32 parameters on the mesh and start the optimizer beside them.
+
+    The state of an ensemble is the states of its critics, on a leading axis of every array.
+    """
     shardings = state_shardings(model, optimizer, mesh)
     placed = jax.device_put(jax.tree.map(lambda p: p.astype("float32"), params), shardings.params)
-    start = jax.jit(
-        lambda p: TrainState(p, optimizer.init(p), jnp.int32(0), jnp.zeros(2, jnp.int32)), out_shardings=shardings
-    )
-    return start(placed)
+
+    def start(p: Params) -> TrainState:
+        return TrainState(p, optimizer.init(p), jnp.int32(0), jnp.zeros(2, jnp.int32))
+
+    return jax.jit(start if model.count == 1 else jax.vmap(start), out_shardings=shardings)(placed)
 
 
 def apply_gradients(
@@ -42,9 +46,8 @@ def apply_gradients(
     grads: Params,
     weight: jax.Array,
     optimizer: optax.GradientTransformation,
-    shardings: TrainState,
 ) -> tuple[TrainState, Metrics]:
-    """Take one optimizer step.
+    """Take one optimizer step. The caller pins the result to the mesh.
 
     Parameters, moments and schedule stay as they are, to the bit, if a gradient is not finite (which is counted), or
     if nothing in the minibatch had any weight (where stale momentum alone would move them).
@@ -62,12 +65,12 @@ def apply_gradients(
     new = jax.tree.map(lambda a, b: jnp.where(applied, a, b), new, state._replace(skipped=skipped))
     one = jnp.float32(1)
     metrics: Metrics = {"grad_norm": Mean(norm, one), "skipped": Mean(1 - finite.astype(jnp.float32), one)}
-    return jax.lax.with_sharding_constraint(new, shardings), metrics
+    return new, metrics
 
 
 def skipped_in_a_row(state: TrainState) -> int:
-    """Updates refused as non-finite since the last good one."""
-    return int(jax.device_get(state.skipped)[1])
+    """Updates refused as non-finite since the last good one; of the critic that has most."""
+    return int(jax.device_get(state.skipped)[..., 1].max())
 
 
 def abstract_state(state: Any) -> Any:

@@ -86,3 +86,13 @@ def test_targets_and_old_values_are_needed():
         ValueLoss()(value, Batch(experience_of([[1]]), jnp.zeros((1, 1))))
     with pytest.raises(AssertionError, match="needs the values before the update"):
         ValueLoss(clip=0.2)(value, Batch(experience_of([[1]]), jnp.zeros((1, 1)), value))
+
+
+def test_a_cross_entropy_takes_the_place_of_the_squared_error():
+    """Only the mask, the sum and the weight are the loss's own: here 1 + 2 + 3 and 4 + 5 + 6 over three tokens."""
+    given = jnp.asarray([[[1.0, 2.0, 3.0, jnp.nan]], [[4.0, 5.0, 6.0, jnp.nan]]])
+    out = ValueLoss()(jnp.asarray(VALUE, jnp.float32), batch(), given)
+    assert (float(out.sum), float(out.weight)) == (21, 3)
+    np.testing.assert_allclose(out.metrics["critic/vf_loss"], (10.5, 3))
+    np.testing.assert_allclose(out.metrics["critic/vpred_mean"], (0.5 * (1.1 + 3.0), 3), rtol=1e-6)
+    assert "critic/vf_clipfrac" not in out.metrics

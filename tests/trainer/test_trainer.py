@@ -162,3 +162,18 @@ def test_a_mesh_that_does_not_divide_is_refused() -> None:
     """The vocabulary is known only once the tokenizer is."""
     with pytest.raises(ConfigError, match=r"mesh\.tensor = 4 does not divide vocab = 102; legal: 1, 2, 3"):
         Trainer(tiny("mesh.tensor=4", "model.fresh.heads=4", "model.fresh.kv_heads=4"))
+
+
+def test_an_ensemble_of_bounded_critics() -> None:
+    """Advantages are made of their mean; each learns from its own episodes, and they come to disagree."""
+    trainer = Trainer(tiny("critic.count=2", "critic.split=responses", "critic.head.type=arctan", "warm_start=null"))
+    outs = [trainer.step() for _ in range(2)]
+    critic = trainer.states.critic
+    assert critic is not None and critic.step.tolist() == [4, 4]
+    value_MBT = outs[1].batch.experience.value_MBT
+    assert value_MBT is not None and value_MBT.shape[0] == 2
+    action_BT = outs[1].batch.experience.action_BT
+    assert np.all((np.asarray(value_MBT)[:, action_BT] > 0) & (np.asarray(value_MBT)[:, action_BT] < 1))
+    assert outs[0].metrics["critic/value_std"] > 0 and np.isfinite(list(outs[1].metrics.values())).all()
+    after = jax.device_get(critic.params)
+    assert not any(np.array_equal(leaf[0], leaf[1]) for leaf in jax.tree.leaves(after))

@@ -17,7 +17,7 @@ from ppojax.types import Batch, Layout, TrainState
 from ppojax.update.actor import actor_step
 from ppojax.update.critic import critic_step
 from ppojax.update.settings import CriticConfig, OptimizerConfig
-from ppojax.update.state import apply_gradients, init_state, skipped_in_a_row, state_shardings
+from ppojax.update.state import apply_gradients, init_state, skipped_in_a_row
 
 MESH = MeshConfig().build()
 
@@ -137,18 +137,17 @@ def test_masters_are_float32_whatever_they_were() -> None:
     floats = [x for x in jax.tree.leaves(state) if jnp.issubdtype(x.dtype, jnp.floating)]
     assert len(floats) == 3 * len(jax.tree.leaves(half)) and {str(x.dtype) for x in floats} == {"float32"}
     grads = jax.tree.map(jnp.ones_like, state.params)
-    new, metrics = apply_gradients(state, grads, jnp.float32(1), optimizer, state_shardings(ACTOR, optimizer, MESH))
+    new, metrics = apply_gradients(state, grads, jnp.float32(1), optimizer)
     assert int(new.step) == 1 and float(metrics["skipped"].sum) == 0  # pyright: ignore[reportAttributeAccessIssue]
 
 
 def test_a_minibatch_without_weight_moves_nothing() -> None:
     """Neither stale momentum nor weight decay acts, and it is not a skipped update."""
     optimizer = OptimizerConfig(learning_rate=0.1, weight_decay=0.1).build()
-    shardings = state_shardings(ACTOR, optimizer, MESH)
     state = init_state(ACTOR, params(), optimizer, MESH)
     grads = jax.tree.map(jnp.ones_like, state.params)
-    moving, _ = apply_gradients(state, grads, jnp.float32(1), optimizer, shardings)
+    moving, _ = apply_gradients(state, grads, jnp.float32(1), optimizer)
     zero = jax.tree.map(jnp.zeros_like, grads)
-    still, metrics = apply_gradients(moving, zero, jnp.float32(0), optimizer, shardings)
+    still, metrics = apply_gradients(moving, zero, jnp.float32(0), optimizer)
     jax.tree.map(np.testing.assert_array_equal, still, moving)
     assert float(metrics["skipped"].sum) == 0  # pyright: ignore[reportAttributeAccessIssue]
