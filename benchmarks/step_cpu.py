@@ -77,6 +77,38 @@ def actor_flops(trainer: Any, experience: Any, layout: Any) -> float:
     return 6.0 * (spec.layers * block * positions + head) + 12.0 * spec.layers * heads * seen
 
 
+def gradient_seconds(trainer: Any, batch: Any, layout: Any, repeats: int) -> float:
+    """Seconds of the forward and backward passes over a whole batch: the actor's update without its optimizer."""
+    import jax
+
+    from ppojax.models.forward import score_tokens
+    from ppojax.update.accumulate import gradients
+
+    config, model = trainer.config, trainer.parts.actor
+
+    def objective(params: Any, rows: Any) -> Any:
+        stats = score_tokens(
+            model, params, rows.experience, layout, temperature=config.rollout.temperature, entropy=True
+        )
+        return config.loss(stats, rows)
+
+    run = jax.jit(lambda p, b: gradients(objective, p, b, config.update.microbatch_rows, layout.group)[0])
+    first = minibatch_of(trainer, batch, layout)
+    times = []
+    for _ in range(repeats + 1):
+        start = time.perf_counter()
+        jax.block_until_ready(run(trainer.states.actor.params, first))
+        times.append(time.perf_counter() - start)
+    return statistics.median(times[1:]) * config.update.minibatches
+
+
+def minibatch_of(trainer: Any, batch: Any, layout: Any) -> Any:
+    """The first minibatch of a batch."""
+    from ppojax.experience.minibatch import minibatches
+
+    return next(minibatches(batch, trainer.config.update.minibatches, (0, 0), layout.group, trainer.parts.mesh))
+
+
 def measure(shape: str, repeats: int, cache: str) -> dict[str, Any]:
     """Run 1 + `repeats` steps of a shape in this process."""
     import jax
@@ -100,6 +132,7 @@ def measure(shape: str, repeats: int, cache: str) -> dict[str, Any]:
         steps.append(out)
     layout = layout_of(out.rollout.rows, group=config.rollout.group_size, prompt_bucket=config.rollout.prompt_bucket)
     flops = actor_flops(trainer, out.batch.experience, layout) * config.update.epochs
+    gradient = gradient_seconds(trainer, out.batch, layout, repeats)
     parts = ("gen", "values", "update_critic", "update_actor", "step")
     seconds = {name: statistics.median(s.metrics[f"timing_s/{name}"] for s in steps) for name in parts}
     rate = statistics.median(rates)
@@ -112,6 +145,7 @@ def measure(shape: str, repeats: int, cache: str) -> dict[str, Any]:
         "gemm_gflops": rate,
         "actor_gflops": flops / seconds["update_actor"] / 1e9,
         "actor_share_of_gemm": flops / seconds["update_actor"] / 1e9 / rate,
+        "gradient_share_of_gemm": flops / (gradient * config.update.epochs) / 1e9 / rate,
         "load_s": loaded,
         "first_step_s": first.metrics["timing_s/step"],
         "compile_s": compiling["compile/seconds"],
@@ -147,7 +181,8 @@ def line(shape: str, cold: dict[str, Any], warm: dict[str, Any]) -> str:
     return (
         f"{shape}: step {s['step']:.2f} s (sampling {s['gen']:.2f}, scoring {s['values']:.2f}, critic "
         f"{s['update_critic']:.2f}, actor {s['update_actor']:.2f}), critic {cold['critic_share']:.0%} of it, "
-        f"{cold['tokens_per_s']:.0f} tokens/s; actor at {cold['actor_share_of_gemm']:.0%} of the float32 matrix rate "
+        f"{cold['tokens_per_s']:.0f} tokens/s; actor at {cold['actor_share_of_gemm']:.0%} of the float32 matrix rate, "
+        f"{cold['gradient_share_of_gemm']:.0%} without its optimizer "
         f"({cold['gemm_gflops']:.0f} GFLOP/s); first step {cold['first_step_s']:.1f} s cold and "
         f"{warm['first_step_s']:.1f} s with the cache (compiling {cold['compile_s']:.1f} and {warm['compile_s']:.1f} s)"
     )

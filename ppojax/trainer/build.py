@@ -18,6 +18,7 @@ from ppojax.models.tokenizer import Tokenizer
 from ppojax.rollout.collect import Collector
 from ppojax.rollout.sampler import SamplerDef
 from ppojax.rollout.stop import stop_table
+from ppojax.runtime.allocator import keep_freed_memory
 from ppojax.types import TrainState
 from ppojax.update.state import init_state
 
@@ -62,6 +63,8 @@ def build(config: Config) -> tuple[Parts, States]:
     """
     if config.run.compilation_cache is not None:
         enable_compilation_cache(config.run.compilation_cache)
+    if config.run.keep_memory:
+        keep_freed_memory()  # before the first device is asked for: its threads make heaps of their own
     mesh = config.mesh.build()
     loaded = load_model(config.model, purpose_key(config.seed, OUTSIDE, INIT_ACTOR))
     _check_mesh(config, loaded.model)
