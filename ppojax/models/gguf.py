@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import math
 import struct
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from ppojax.errors import DataError
-from ppojax.models.llama import Params, assemble
+from ppojax.models.families.layout import Order, Rule, Rules, named
 from ppojax.models.spec import DecoderSpec, RopeSpec
+from ppojax.models.weights import Params, Tensors, read_params
 
 _SCALARS = {0: "<B", 1: "<b", 2: "<H", 3: "<h", 4: "<I", 5: "<i", 6: "<f", 7: "<?", 10: "<Q", 11: "<q", 12: "<d"}
 _STRING, _ARRAY = 8, 9
@@ -103,49 +105,88 @@ def read_header(path: Path | str) -> GGUFHeader:
     return GGUFHeader(path, fields, placed, data)
 
 
-def read_gguf(path: Path | str) -> tuple[DecoderSpec, Params]:
-    """Read a Llama-type GGUF file as float32 parameters in the project's layout (see `llama.assemble`).
+def read_gguf(
+    path: Path | str,
+    dtype: str = "float32",
+    shardings: Callable[[DecoderSpec], Params] | None = None,
+) -> tuple[DecoderSpec, Params]:
+    """Read a GGUF file of a Llama, Qwen2 or Qwen3 model; see `weights.read_params`.
 
-    GGUF interleaves the rows of each query and key head for its own RoPE; they are put back in the Hugging Face
-    ("rotate half") order. Raises DataError naming the tensor when one is missing, surplus, cut, mis-shaped or
-    non-finite, and when the architecture or a RoPE scaling is not supported.
+    Raises DataError naming the tensor when one is missing, surplus, cut, mis-shaped or non-finite, and when the
+    architecture or a RoPE scaling is not supported.
     """
     header = read_header(path)
-    spec = _spec(header)
-
-    def fetch(name: str) -> np.ndarray:
-        weight = _dequantize(header, name)
-        if name.endswith(("attn_q.weight", "attn_k.weight")):
-            heads = spec.heads if name.endswith("attn_q.weight") else spec.kv_heads
-            rows, width = weight.shape
-            weight = weight.reshape(heads, rows // heads // 2, 2, width).swapaxes(1, 2).reshape(rows, width)
-        return weight
-
+    spec, rules = _read_metadata(header)
     shapes = {name: tensor.shape for name, tensor in header.tensors.items()}
-    return spec, assemble(spec, "gguf", shapes, fetch, str(header.path))
+    tensors = Tensors(
+        str(header.path), header.field("general.architecture", str), shapes, lambda name: _dequantize(header, name)
+    )
+    placed = None if shardings is None else shardings(spec)
+    return spec, read_params(tensors, spec, rules, dtype=dtype, shardings=placed)
 
 
-def _spec(header: GGUFHeader) -> DecoderSpec:
-    architecture = header.field("general.architecture", str)
-    if architecture != "llama":
-        raise DataError(f"{header.path}: architecture {architecture!r}, expected 'llama'; use its safetensors instead")
-    scaling = header.fields.get("llama.rope.scaling.type", "none")
+def _by_pairs(heads: Callable[[DecoderSpec], int]) -> Order:
+    """Llama's queries and keys are interleaved, for the rotation of llama.cpp; here they are "rotate half"."""
+
+    def order(spec: DecoderSpec) -> np.ndarray:
+        pairs = np.arange(spec.head_width).reshape(-1, 2).T.reshape(-1)
+        return (np.arange(heads(spec))[:, None] * spec.head_width + pairs[None, :]).reshape(-1)
+
+    return order
+
+
+_TOP: Rules = {
+    "embed": (Rule("token_embd.weight", transposed=False),),
+    "norm": (Rule("output_norm.weight"),),
+    "head": (Rule("output.weight", transposed=False),),
+}
+_BLOCK = named(
+    "blk.{layer}.",
+    {"attn_norm": "attn_norm.weight", "mlp_norm": "ffn_norm.weight"}
+    | {"q": "attn_q.weight", "k": "attn_k.weight", "v": "attn_v.weight", "o": "attn_output.weight"}
+    | {"q_bias": "attn_q.bias", "k_bias": "attn_k.bias", "v_bias": "attn_v.bias"}
+    | {"q_norm": "attn_q_norm.weight", "k_norm": "attn_k_norm.weight"}
+    | {"gate": "ffn_gate.weight", "up": "ffn_up.weight", "down": "ffn_down.weight"},
+)
+_INTERLEAVED: Rules = {
+    "q": (Rule("blk.{layer}.attn_q.weight", order=_by_pairs(lambda spec: spec.heads)),),
+    "k": (Rule("blk.{layer}.attn_k.weight", order=_by_pairs(lambda spec: spec.kv_heads)),),
+}
+# architecture: rules, and what its decoders have besides Llama's parts
+_ARCHITECTURES: dict[str, tuple[Rules, dict[str, Any]]] = {
+    "llama": ({**_TOP, **_BLOCK, **_INTERLEAVED}, {}),
+    "qwen2": ({**_TOP, **_BLOCK}, {"qkv_bias": True}),
+    "qwen3": ({**_TOP, **_BLOCK}, {"qk_norm": True}),
+}
+
+
+def _read_metadata(header: GGUFHeader) -> tuple[DecoderSpec, Rules]:
+    kind = header.field("general.architecture", str)
+    if kind not in _ARCHITECTURES:
+        raise DataError(
+            f"{header.path}: architecture {kind!r}, expected one of {', '.join(_ARCHITECTURES)}; "
+            "use its safetensors instead"
+        )
+    scaling = header.fields.get(f"{kind}.rope.scaling.type", "none")
     if scaling != "none":
         raise DataError(f"{header.path}: RoPE scaling {scaling!r}, expected none; use a model without RoPE scaling")
-    width, heads = header.field("llama.embedding_length", int), header.field("llama.attention.head_count", int)
-    return DecoderSpec(
-        layers=header.field("llama.block_count", int),
+    rules, parts = _ARCHITECTURES[kind]
+    width, heads = header.field(f"{kind}.embedding_length", int), header.field(f"{kind}.attention.head_count", int)
+    spec = DecoderSpec(
+        layers=header.field(f"{kind}.block_count", int),
         width=width,
         heads=heads,
-        kv_heads=header.fields.get("llama.attention.head_count_kv", heads),
-        head_width=header.fields.get("llama.attention.key_length", width // heads),
-        ffn=header.field("llama.feed_forward_length", int),
+        kv_heads=header.fields.get(f"{kind}.attention.head_count_kv", heads),
+        head_width=header.fields.get(f"{kind}.attention.key_length", width // heads),
+        ffn=header.field(f"{kind}.feed_forward_length", int),
         vocab=len(header.field("tokenizer.ggml.tokens", list)),
-        rope=RopeSpec(theta=header.fields.get("llama.rope.freq_base", 10_000.0)),
+        rope=RopeSpec(theta=header.fields.get(f"{kind}.rope.freq_base", 10_000.0)),
         # The file keeps a float32 (9.999999747e-06 for 1e-5); the shortest decimal of that float is what was meant.
-        norm_eps=float(str(np.float32(header.field("llama.attention.layer_norm_rms_epsilon", float)))),
+        norm_eps=float(str(np.float32(header.field(f"{kind}.attention.layer_norm_rms_epsilon", float)))),
         tied="output.weight" not in header.tensors,
+        **parts,
     )
+    return spec, rules
 
 
 def _dequantize(header: GGUFHeader, name: str) -> np.ndarray:

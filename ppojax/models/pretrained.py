@@ -13,7 +13,7 @@ from ppojax.errors import DataError
 from ppojax.models.critic import cut_spec, cut_trunk, new_head
 from ppojax.models.forward import ModelDef, Params, init, stack
 from ppojax.models.gguf import read_gguf
-from ppojax.models.llama import read_hf
+from ppojax.models.hf import read_hf
 from ppojax.models.settings import CriticModelConfig, CutCritic, FreshCritic, ModelConfig
 from ppojax.models.smollm2 import find_smollm2
 from ppojax.models.spec import DecoderSpec
@@ -44,10 +44,10 @@ def load_model(config: ModelConfig, key: jax.Array) -> Loaded:
         assert config.fresh is not None
         tokenizer = char_tokenizer(string.printable[:95] + "\n")
         spec = config.fresh.decoder(tokenizer.vocab_size)
-        model = ModelDef(spec, config.dtype, config.remat, attention=config.attention)
+        model = ModelDef(spec, config.dtype, config.remat)
         return Loaded(model, init(model, key), tokenizer)
     spec, params, tokenizer = read_pretrained(config.path)
-    return Loaded(ModelDef(spec, config.dtype, config.remat, attention=config.attention), params, tokenizer)
+    return Loaded(ModelDef(spec, config.dtype, config.remat), params, tokenizer)
 
 
 def read_pretrained(path: str) -> tuple[DecoderSpec, Params, Tokenizer]:

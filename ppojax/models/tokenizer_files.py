@@ -12,7 +12,7 @@ from tokenizers import AddedToken, decoders, models, pre_tokenizers
 from ppojax.errors import DataError
 from ppojax.models.chat import ChatTemplate
 from ppojax.models.gguf import read_header
-from ppojax.models.llama import read_json
+from ppojax.models.hf import read_json
 from ppojax.models.tokenizer import Tokenizer
 
 

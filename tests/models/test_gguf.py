@@ -23,7 +23,7 @@ SPEC = DecoderSpec(
     norm_eps=1e-5,
     tied=True,
 )
-Q4_1, Q8_0, F16, F32 = (gguf.GGMLQuantizationType[n] for n in ("Q4_1", "Q8_0", "F16", "F32"))
+Q4_1, Q8_0, F16, BF16, F32 = (gguf.GGMLQuantizationType[n] for n in ("Q4_1", "Q8_0", "F16", "BF16", "F32"))
 
 
 def interleave(weight, heads):
@@ -85,8 +85,8 @@ def write(path, tensors, *, kind=F32, arch="llama", scaling=None, spec=SPEC):
 
 
 # Bounds on the rounding of standard normal values (at most about 4.5 here): none; half of a half-precision unit in
-# the last place at 4; half a step of 2 * 4.5 / 254, and of 9 / 15, with float16 scales.
-@pytest.mark.parametrize(("kind", "bound"), [(F32, 0.0), (F16, 0.002), (Q8_0, 0.02), (Q4_1, 0.32)])
+# the last place at 4, or of bfloat16; half a step of 2 * 4.5 / 254, and of 9 / 15, with float16 scales.
+@pytest.mark.parametrize(("kind", "bound"), [(F32, 0.0), (F16, 0.002), (BF16, 0.016), (Q8_0, 0.02), (Q4_1, 0.32)])
 def test_weights_are_read_back(tmp_path, kind, bound):
     tensors, expected = random_tensors()
     spec, params = read_gguf(write(tmp_path / "m.gguf", tensors, kind=kind))
@@ -101,6 +101,27 @@ def test_weights_are_read_back(tmp_path, kind, bound):
         assert np.abs(read - weight).max() <= bound, key
 
 
+@pytest.mark.parametrize("arch", ["qwen2", "qwen3"])
+def test_qwen_files_keep_the_order_of_rows_and_have_more_tensors(tmp_path, arch):
+    tensors, expected = random_tensors()
+    rng = np.random.default_rng(1)
+    for n in range(SPEC.layers):
+        for key in ("q", "k"):
+            tensors[f"blk.{n}.attn_{key}.weight"] = expected["layers"][key][n].T.copy()
+    names = {"q_bias": "attn_q.bias", "k_bias": "attn_k.bias", "v_bias": "attn_v.bias"}
+    sizes = {"q_bias": 64, "k_bias": 32, "v_bias": 32, "q_norm": 16, "k_norm": 16}
+    if arch == "qwen3":
+        names = {"q_norm": "attn_q_norm.weight", "k_norm": "attn_k_norm.weight"}
+    for key, name in names.items():
+        expected["layers"][key] = rng.normal(size=(SPEC.layers, sizes[key])).astype(np.float32)
+        tensors |= {f"blk.{n}.{name}": expected["layers"][key][n] for n in range(SPEC.layers)}
+    spec, params = read_gguf(write(tmp_path / "m.gguf", tensors, arch=arch))
+    assert (spec.qkv_bias, spec.qk_norm) == (arch == "qwen2", arch == "qwen3")
+    assert params["layers"].keys() == expected["layers"].keys()
+    for key, weight in expected["layers"].items():
+        np.testing.assert_array_equal(params["layers"][key], weight)
+
+
 def test_a_head_of_its_own(tmp_path):
     tensors, _ = random_tensors()
     tensors["output.weight"] = tensors["token_embd.weight"] + np.float32(1)
@@ -113,7 +134,7 @@ def test_a_head_of_its_own(tmp_path):
     ("fault", "text"),
     [
         ("missing", r"tensor blk\.1\.ffn_up\.weight is missing, expected shape \(96, 64\)"),
-        ("surplus", r"tensor rope_freqs\.weight is not part of a Llama-type decoder"),
+        ("surplus", r"tensor rope_freqs\.weight is not part of a llama decoder"),
         ("shape", r"tensor blk\.0\.attn_v\.weight has shape \(64, 64\), expected \(32, 64\)"),
         ("nan", r"tensor blk\.1\.attn_q\.weight holds NaN or infinite values"),
         ("inf", r"tensor token_embd\.weight holds NaN or infinite values"),
@@ -158,8 +179,8 @@ def test_faulty_files_are_named(tmp_path):
 
 def test_other_architectures_are_refused(tmp_path):
     tensors, _ = random_tensors()
-    with pytest.raises(DataError, match="architecture 'qwen2', expected 'llama'"):
-        read_gguf(write(tmp_path / "m.gguf", tensors, arch="qwen2"))
+    with pytest.raises(DataError, match="architecture 'mamba', expected one of llama, qwen2, qwen3"):
+        read_gguf(write(tmp_path / "m.gguf", tensors, arch="mamba"))
     with pytest.raises(DataError, match="RoPE scaling 'yarn', expected none"):
         read_gguf(write(tmp_path / "n.gguf", tensors, scaling=gguf.RopeScalingType.YARN))
 

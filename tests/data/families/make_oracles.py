@@ -136,7 +136,7 @@ CASES: dict[str, tuple[str, str, bool, dict[str, Any]]] = {
         *("gemma3_text", "bfloat16", False),
         shape(32, 36, 4, 4, 2)
         | {"head_dim": 12, "query_pre_attn_scalar": 12, "sliding_window": 4, "tie_word_embeddings": False}
-        | {"attn_logit_softcapping": 2.0, "final_logit_softcapping": 3.0}
+        | {"final_logit_softcapping": 3.0}
         | {"layer_types": ["sliding_attention", "full_attention"] * 2},
     ),
     "gpt_oss": (
