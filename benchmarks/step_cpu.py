@@ -61,20 +61,18 @@ def gemm_rate(seconds: float = 0.5) -> float:
 
 
 def actor_flops(trainer: Any, experience: Any, layout: Any) -> float:
-    """FLOPs of one pass of the actor's update: 6 for each weight and position, attention, and the head.
+    """FLOPs of one pass of the actor's update (see `ppojax.models.flops`).
 
     Positions are those that are computed (a shared prompt once, padding included); what remat computes again is not
     counted, so the share of the matrix rate is of useful work.
     """
-    spec = trainer.parts.actor.spec
-    block = spec.width * spec.head_width * (2 * spec.heads + 2 * spec.kv_heads) + 3 * spec.width * spec.ffn
+    from ppojax.models.flops import update_flops
+
     rows, length = experience.token_BT.shape
     rest = length - layout.prefix
     positions = rows * rest + rows // layout.group * layout.prefix
-    heads = spec.heads * spec.head_width
-    seen = rows * rest * (layout.prefix + rest) + rows // layout.group * layout.prefix**2
-    head = spec.vocab * spec.width * rows * experience.action_index_BA.shape[1]
-    return 6.0 * (spec.layers * block * positions + head) + 12.0 * spec.layers * heads * seen
+    pairs = rows * rest * length + rows // layout.group * layout.prefix**2
+    return update_flops(trainer.parts.actor.spec, positions, pairs, experience.action_index_BA.size)
 
 
 def gradient_seconds(trainer: Any, batch: Any, layout: Any, repeats: int) -> float:

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 
 import jax
+import numpy as np
 from rich.console import Console
 
 from ppojax.config import Config
@@ -76,6 +77,7 @@ def _loop(
     progress: Progress,
 ) -> None:
     config = trainer.config
+    saving: dict[str, float] = {}
     if config.eval.every and trainer.number == 0:
         log.log(0, _evaluate(trainer, progress))
     while trainer.number < config.steps:
@@ -84,12 +86,17 @@ def _loop(
         done = out.step == config.steps
         if config.eval.every and (done or out.step % config.eval.every == 0):
             out.metrics.update(_evaluate(trainer, progress))
+        out.metrics.update(saving)
+        saving = {}
         log.log(out.step, out.metrics)
         _write_transcripts(trainer, run, out)
         progress.step(out.step, out.metrics)
         stop = signals.should_stop()
         if done or stop or config.checkpoint.due(out.step):
+            begin = time.perf_counter()
             checkpoints.save(out.step, trainer.state(), trainer.position(), block=done or stop)
+            # Told with the next step: this one is in the log, or a kill while saving would lose it.
+            saving = {"ckpt/step": float(out.step), "ckpt/blocked_s": time.perf_counter() - begin}
             if (done or stop) and checkpoints.latest() != out.step:
                 raise CannotWriteError(
                     f"{run.checkpoints}: the last checkpoint, of step {out.step}, was not written: make room, then "
@@ -114,12 +121,16 @@ def _evaluate(trainer: Trainer, progress: Progress) -> dict[str, float]:
 
 def _write_transcripts(trainer: Trainer, run: RunDir, out: StepOut) -> None:
     batch = jax.device_get(out.batch)
+    e = batch.experience
+    # What training saw of each token before the update, over what the sampler said; only where it was scored.
+    ratio_BT = None if e.logp_old_BT is None else np.where(e.action_BT, np.exp(e.logp_old_BT - e.logp_behavior_BT), 0.0)
     write_transcripts(
         run.transcript(out.step),
         out.rollout.rows,
         trainer.parts.tokenizer.decode,
         advantage_BT=batch.advantage_BT,
-        value_MBT=batch.experience.value_MBT,
+        value_MBT=e.value_MBT,
+        ratio_BT=ratio_BT,
     )
 
 

@@ -18,6 +18,7 @@ from ppojax.experience.minibatch import minibatches
 from ppojax.experience.pack import layout_of, pack
 from ppojax.experience.score import Scorers, score
 from ppojax.experience.summary import advantage_metrics, rollout_metrics
+from ppojax.models.flops import peak_flops, update_flops
 from ppojax.models.forward import Params
 from ppojax.models.pretrained import Loaded
 from ppojax.models.settings import CutCritic
@@ -25,7 +26,7 @@ from ppojax.rollout.tasks import task_stream
 from ppojax.runtime.compiling import compile_metrics
 from ppojax.trainer.build import SAMPLE, States, build, build_critic, purpose_key
 from ppojax.trainer.warm_start import warm_start
-from ppojax.types import Batch, Layout, Rollout
+from ppojax.types import Batch, Experience, Layout, Rollout
 from ppojax.update.actor import actor_step
 from ppojax.update.critic import critic_step
 from ppojax.update.state import skipped_in_a_row
@@ -122,6 +123,7 @@ class Trainer:
                 metrics |= self._update_actor(batch, layout)
         self.number += 1
         metrics |= self._performance(rollout, time.perf_counter() - start) | compile_metrics()
+        metrics |= self._utilisation(experience, layout)
         return StepOut(self.number, metrics, rollout, batch)
 
     def state(self) -> dict[str, Any]:
@@ -227,6 +229,22 @@ class Trainer:
             "perf/total_num_tokens": float(tokens),
             "perf/throughput": tokens / seconds / self.parts.mesh.size,
         }
+
+    def _utilisation(self, experience: Experience, layout: Layout) -> dict[str, float]:
+        """Arithmetic of the actor's update over its time, and over the peak of the devices where that is known."""
+        seconds = self._seconds.get("update_actor")
+        if not seconds:
+            return {}
+        rows, length = experience.token_BT.shape
+        own, prompts = length - layout.prefix, rows // layout.group  # what is read of a row, and shared prompts
+        positions = rows * own + prompts * layout.prefix
+        pairs = rows * own * length + prompts * layout.prefix**2
+        scored = experience.action_index_BA.size
+        flops = self.config.update.epochs * update_flops(self.parts.actor.spec, positions, pairs, scored)
+        devices = self.parts.mesh.devices.flat
+        peak = peak_flops(devices[0].device_kind)
+        done = {"perf/actor_tflops": flops / seconds / self.parts.mesh.size / 1e12}
+        return done if peak is None else done | {"perf/mfu": done["perf/actor_tflops"] * 1e12 / peak}
 
     @contextmanager
     def _timed(self, name: str) -> Iterator[None]:
