@@ -12,6 +12,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -21,11 +22,14 @@ from flax import nnx
 from ppojax.models import parameters
 from ppojax.models.activation import gated
 from ppojax.models.attention import KeyValue, Masks, Packing, Scores, attention, masks
+from ppojax.models.flash import flash, use_flash
 from ppojax.models.linear import linear
 from ppojax.models.moe import CHOICE, mix
 from ppojax.models.rope import Turn, rotary, rotate
-from ppojax.models.spec import DecoderSpec, Remat
+from ppojax.models.spec import AttentionChoice, DecoderSpec, Remat
 from ppojax.types import Routing
+
+Flash = Callable[[jax.Array, jax.Array, jax.Array, float], jax.Array]
 
 
 class Hidden(NamedTuple):
@@ -96,6 +100,18 @@ def sights_of(
     return [Sight(seen[k.windowed], turns[k]) for k in kinds]
 
 
+def flash_of(spec: DecoderSpec, kinds: list[Kind], kind: jax.Array | None) -> Flash:
+    """Flash attention of a block, with the window of its kind; `kind` is None where there is only one."""
+    windows = [spec.window if k.windowed else None for k in kinds]
+
+    def attend(q: jax.Array, k: jax.Array, v: jax.Array, scale: float) -> jax.Array:
+        if kind is None or len(set(windows)) == 1:
+            return flash(q, k, v, scale=scale, window=windows[0])
+        return jax.lax.switch(kind, [partial(flash, scale=scale, window=w) for w in windows], q, k, v)
+
+    return attend
+
+
 @dataclass(frozen=True)
 class Block:
     """One transformer block: its slice of the parameters, applied."""
@@ -104,6 +120,7 @@ class Block:
     weight: dict[str, Any]
     valid_BT: jax.Array | None = None  # tokens that count as load of the experts; None: all
     mesh: jax.sharding.Mesh | None = None  # over which tokens travel to their experts
+    flash: Flash | None = None  # attends in place of `attention`
 
     def __call__(
         self, x_BTD: jax.Array, sight: Sight, cache: KeyValue | None, packing: Packing | None, routed: jax.Array | None
@@ -111,7 +128,12 @@ class Block:
         """Apply the block; return the new tokens' keys and values, and their routing, too."""
         h = self.norm("attn_norm", x_BTD)
         q, k, v = self.grouped_query(h, sight.turn) if self.spec.mla is None else self.latent(h, sight.turn)
-        h = self.project("o", attention(q, k, v, cache, sight.masks, packing, self.scores()))
+        scores = self.scores()
+        if self.flash is None:
+            h = attention(q, k, v, cache, sight.masks, packing, scores)
+        else:
+            h = self.flash(q, k, v, scores.scale)
+        h = self.project("o", h)
         x_BTD = x_BTD + (self.norm("post_attn_norm", h) if self.spec.sandwich else h)
         h, routing = self.feed_forward(self.norm("mlp_norm", x_BTD), routed)
         x_BTD = x_BTD + (self.norm("post_mlp_norm", h) if self.spec.sandwich else h)
@@ -223,21 +245,26 @@ class Decoder(nnx.Module):
         valid_BT: jax.Array | None = None,
         mesh: jax.sharding.Mesh | None = None,
         remat: Remat = "none",
+        choice: AttentionChoice = "xla",
     ) -> Hidden:
         """Run the blocks over `token_BT`, whose tokens stand at `position_BT` of their rows.
 
         Rows are padded on the right: nothing real looks at padding. What a token sees: `ppojax.models.attention`.
         `routed` `[Lmoe, B, T, K]` names the experts that each token goes to; where it is -1 the router chooses. Tokens
         off `valid_BT` are in no sum of the routing. A `mesh` is needed where rows or experts lie on several devices.
+        `choice` is what attends (`ppojax.models.flash`).
         """
         spec, kinds = self.spec, block_kinds(self.spec)
         distinct = list(dict.fromkeys(kinds))
         sights = sights_of(spec, distinct, position_BT, 0 if cache is None else cache.k.shape[2], packing)
+        cached, packed, dtype = cache is not None, packing is not None, self.embed[...].dtype.name
+        flashing = use_flash(choice, spec, dtype, cached=cached, packed=packed)
 
         def block(x: jax.Array, layer: tuple) -> tuple[jax.Array, tuple[KeyValue, Routing | None]]:
             weight, kind, cache, routed = layer
             sight = sights[0] if kind is None else jax.tree.map(lambda *s: jax.lax.select_n(kind, *s), *sights)
-            return Block(spec, weight, valid_BT, mesh)(x, sight, cache, packing, routed)
+            flash = flash_of(spec, distinct, kind) if flashing else None
+            return Block(spec, weight, valid_BT, mesh, flash)(x, sight, cache, packing, routed)
 
         x_BTD = self.embed[...][token_BT]
         if spec.embed_scale != 1.0:

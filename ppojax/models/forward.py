@@ -15,7 +15,7 @@ from ppojax.mesh import sharding
 from ppojax.models.attention import KeyValue, Packing
 from ppojax.models.critic import Critic
 from ppojax.models.decoder import Decoder, Hidden
-from ppojax.models.spec import DecoderSpec, Remat
+from ppojax.models.spec import AttentionChoice, DecoderSpec, Remat
 from ppojax.models.value_head import ValueHead
 from ppojax.types import Experience, Layout, TokenStats
 
@@ -36,6 +36,7 @@ class ModelDef:
     remat: Remat = "full"
     head: ValueHead | None = None  # what values are read by; None for a policy
     count: int = 1
+    attention: AttentionChoice = "auto"
     mesh: jax.sharding.Mesh | None = None  # where it runs; experts need it to send tokens between devices
 
     @property
@@ -119,7 +120,17 @@ def hidden_states(
     """Final hidden states of `token_BT`, the tokens' keys and values, and their routing (see `Decoder.__call__`)."""
     bound = _bind(model, params)
     decoder = bound if model.head is None else bound.trunk
-    return decoder(token_BT, position_BT, cache, packing, routed, valid_BT=valid_BT, mesh=model.mesh, remat=model.remat)
+    return decoder(
+        token_BT,
+        position_BT,
+        cache,
+        packing,
+        routed,
+        valid_BT=valid_BT,
+        mesh=model.mesh,
+        remat=model.remat,
+        choice=model.attention,
+    )
 
 
 def positions(token_BT: jax.Array) -> jax.Array:

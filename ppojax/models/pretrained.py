@@ -44,10 +44,10 @@ def load_model(config: ModelConfig, key: jax.Array) -> Loaded:
         assert config.fresh is not None
         tokenizer = char_tokenizer(string.printable[:95] + "\n")
         spec = config.fresh.decoder(tokenizer.vocab_size)
-        model = ModelDef(spec, config.dtype, config.remat)
+        model = ModelDef(spec, config.dtype, config.remat, attention=config.attention)
         return Loaded(model, init(model, key), tokenizer)
     spec, params, tokenizer = read_pretrained(config.path)
-    return Loaded(ModelDef(spec, config.dtype, config.remat), params, tokenizer)
+    return Loaded(ModelDef(spec, config.dtype, config.remat, attention=config.attention), params, tokenizer)
 
 
 def read_pretrained(path: str) -> tuple[DecoderSpec, Params, Tokenizer]:

@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 from pydantic import Field
 
 from ppojax.component import Component
-from ppojax.models.spec import DecoderSpec, Remat, RopeSpec
+from ppojax.models.spec import AttentionChoice, DecoderSpec, Remat, RopeSpec
 
 Dtype = Literal["float32", "bfloat16"]  # float16 needs loss scaling, which is not here yet
 
@@ -52,6 +52,11 @@ class ModelConfig(Component):
         default="full",
         description="what a block keeps for its backward pass: none (recompute nothing), dots (the matrix products), "
         "full (its input only)",
+    )
+    attention: AttentionChoice = Field(
+        default="auto",
+        description="what attends: xla; cudnn (flash attention, where it can; else XLA, and the log says why); auto is "
+        "cudnn on a GPU and xla elsewhere",
     )
 
 

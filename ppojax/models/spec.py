@@ -9,6 +9,7 @@ from pydantic import Field, model_validator
 from ppojax.component import Component
 
 Remat = Literal["none", "dots", "full"]
+AttentionChoice = Literal["auto", "xla", "cudnn"]
 Activation = Literal["silu", "gelu_tanh", "clipped_swiglu"]
 Scoring = Literal["softmax", "softmax_chosen", "sigmoid"]
 
@@ -145,24 +146,6 @@ class DecoderSpec(Component):
     def moe_layers(self) -> int:
         """Blocks with experts; they are the last ones."""
         return 0 if self.moe is None else self.layers - self.moe.dense_first
-
-    def first(self, layers: int) -> DecoderSpec:
-        """The same decoder cut down to its first blocks.
-
-        Raises:
-            ValueError: it has fewer.
-        """
-        if layers > self.layers:
-            raise ValueError(f"{layers} layers asked for, but the decoder has {self.layers} layers")
-        dense = self.moe is None or layers <= self.moe.dense_first
-        return self.model_copy(
-            update={
-                "layers": layers,
-                "windowed": self.windowed[:layers],
-                "unrotated": self.unrotated[:layers],
-                "moe": None if dense else self.moe,
-            }
-        )
 
     def axis_sizes(self) -> dict[str, int]:
         """Sizes of the logical dimensions that a mesh may split."""

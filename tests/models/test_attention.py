@@ -51,7 +51,8 @@ def test_masks_say_what_they_should(slots: int, window: int | None) -> None:
         assert bool(got_BTS[b, t, s]) == (written and other <= position and near), (b, t, s)
 
 
-@pytest.mark.parametrize("name", SPECS)
+# The sampler's own tests run the Llama form.
+@pytest.mark.parametrize("name", [pytest.param(n, marks=pytest.mark.slow if n == "llama" else ()) for n in SPECS])
 def test_prefill_extend_and_decode_are_the_whole_forward(name: str) -> None:
     """Rows of several lengths; the cache outgrows every window."""
     p, want_BTD, rows = drawn(SPECS[name]), whole(name), np.arange(4)
