@@ -190,12 +190,16 @@ def _shape(config: Config, shape: FreshSpec, key: str) -> Iterator[Contradiction
             "each key/value head serves the same number of heads",
             f"kv_heads may be {_divisors(shape.heads)}",
         )
-    for axis, parts, size, name in (
+    split = [
         ("fsdp", config.mesh.fsdp, shape.width, "width"),
         ("tensor", config.mesh.tensor, shape.heads, "heads"),
         ("tensor", config.mesh.tensor, shape.kv_heads, "kv_heads"),
         ("tensor", config.mesh.tensor, shape.ffn, "ffn"),
-    ):
+    ]
+    if shape.moe is not None:
+        split.append(("tensor", config.mesh.tensor, shape.moe.ffn, "moe.ffn"))
+        split.append(("expert", config.mesh.expert, shape.moe.experts, "moe.experts"))
+    for axis, parts, size, name in split:
         if size % parts:
             yield Contradiction(
                 (f"mesh.{axis}", f"{key}.{name}"),

@@ -81,7 +81,7 @@ class MeshConfig(Component):
         """Name each logical dimension that its mesh axes do not divide, with the legal sizes (empty when all do)."""
         faults = []
         for name, size in sizes.items():
-            axes = RULES[name]
+            axes = RULES[name.split()[0]]
             parts = 1
             for axis in axes:
                 parts *= self.axis_size(axis)

@@ -51,6 +51,7 @@ class Row:
     messages: Messages = field(default_factory=list)
     info: dict[str, Any] = field(default_factory=dict)
     clipped: bool = False  # a turn ran into its token limit
+    routed: np.ndarray | None = None  # int16[n, L, K]; experts that read each token, -1 where nothing is recorded
 
 
 @dataclass(frozen=True)
@@ -92,6 +93,7 @@ class Experience(NamedTuple):
     logp_old_BT: jax.Array | None = None  # float32, filled by score when a component asks for it
     logp_ref_BT: jax.Array | None = None  # float32, likewise
     value_MBT: jax.Array | None = None  # float32, likewise
+    routed_BTLK: jax.Array | None = None  # int16: experts that read token t in the sampler, -1 unknown; may be left out
 
 
 class Advantage(NamedTuple):

@@ -77,7 +77,21 @@ def pack(
         "episode_B": ids([row.episode for row in rows], -1),
         "segment_B": ids([row.segment for row in rows], 0),
     }
+    routed_BTLK = _routed(rows, shape)
+    if routed_BTLK is not None:
+        arrays["routed_BTLK"] = routed_BTLK
     return Experience(**shard_rows(arrays, mesh))
+
+
+def _routed(rows: Sequence[Row], shape: tuple[int, int]) -> np.ndarray | None:
+    """The recorded experts of every token, -1 where there is no record; None where no row has one."""
+    kept = [(b, row.routed) for b, row in enumerate(rows) if row.routed is not None]
+    if not kept:
+        return None
+    routed_BTLK = np.full((*shape, *kept[0][1].shape[1:]), -1, np.int16)
+    for b, routed in kept:
+        routed_BTLK[b, : len(routed)] = routed
+    return routed_BTLK
 
 
 def _round_up(n: int, multiple: int) -> int:

@@ -35,7 +35,8 @@ def score(
     """Fill `logp_old_BT`, `logp_ref_BT` and `value_MBT` from the parameters that are given.
 
     Rows go through in microbatches of the update's own shape, so that log-probabilities taken here and there come
-    from the same computation.
+    from the same computation. Where the sampler's experts are recorded, policy and reference both replay them: their
+    difference is then one of weights, and zero at the start.
     """
 
     def logp(params: Params | None, rows: Experience) -> jax.Array | None:

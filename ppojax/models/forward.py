@@ -17,7 +17,7 @@ from ppojax.models.critic import Critic
 from ppojax.models.decoder import Decoder, Hidden
 from ppojax.models.spec import AttentionChoice, DecoderSpec, Remat
 from ppojax.models.value_head import ValueHead
-from ppojax.types import Experience, Layout, TokenStats
+from ppojax.types import Experience, Layout, Routing, TokenStats
 
 Params = dict[str, Any]
 PLAIN = Layout()
@@ -138,34 +138,63 @@ def positions(token_BT: jax.Array) -> jax.Array:
     return jnp.broadcast_to(jnp.arange(token_BT.shape[1], dtype=jnp.int32), token_BT.shape)
 
 
-def read_rows(model: ModelDef, params: Params, experience: Experience, layout: Layout) -> tuple[jax.Array, jax.Array]:
+class Read(NamedTuple):
+    """What a pass over rows found."""
+
+    before_BRD: jax.Array  # at [:, i] the state in which the token at `offset_B + i` was chosen
+    offset_B: jax.Array
+    routing: Routing | None = None  # without experts there is none
+
+
+def read_rows(model: ModelDef, params: Params, experience: Experience, layout: Layout) -> Read:
     """Hidden state of the token before each position, from the first action on.
 
     Where rows share a prefix it is read once and its keys and values stand in for it in every row of the group:
     with 8 rollouts of a 60-token prompt and 40 tokens each, 380 positions instead of 800. The numbers are the same.
-
-    Returns:
-        `before_BRD`, where `before[:, i]` is the state in which the token at `offset_B + i` was chosen, and `offset_B`.
+    Tokens go to the experts in `experience.routed_BTLK`, where it is there. Padding and failed rows count as no load.
     """
-    token_BT = experience.token_BT
+    token_BT, routed_BTLK = experience.token_BT, experience.routed_BTLK
+    length_B = jnp.where(experience.valid_B, experience.length_B, 0)  # as far as load goes
     if layout.group == 1:
-        hidden_BTD = hidden_states(model, params, token_BT, positions(token_BT)).hidden_BTD
-        return jnp.pad(hidden_BTD[:, :-1], ((0, 0), (1, 0), (0, 0))), jnp.zeros_like(experience.prefix_B)
+        position_BT = positions(token_BT)
+        routed, valid_BT = by_layer(routed_BTLK), position_BT < length_B[:, None]
+        hidden_BTD, _, routing = hidden_states(
+            model, params, token_BT, position_BT, routed=routed, valid_BT=valid_BT if model.spec.moe else None
+        )
+        before_BTD = jnp.pad(hidden_BTD[:, :-1], ((0, 0), (1, 0), (0, 0)))
+        return Read(before_BTD, jnp.zeros_like(experience.prefix_B), routing)
     prefix, group, prefix_B = layout.prefix, layout.group, experience.prefix_B
     B, R = token_BT.shape[0], token_BT.shape[1] - prefix
     position_BR = prefix_B[:, None] + jnp.arange(R, dtype=jnp.int32)[None, :]
     response_BR = jnp.take_along_axis(token_BT, position_BR, axis=1)
 
     def packed(prompt_PT: jax.Array, rows_BR: jax.Array) -> jax.Array:
-        return jnp.concatenate([prompt_PT, rows_BR.reshape(B // group, group * R)], axis=1)
+        behind_PN = rows_BR.reshape(B // group, group * R, *rows_BR.shape[2:])
+        return jnp.concatenate([prompt_PT, behind_PN], axis=1)
 
     prompt_PT = token_BT[::group, :prefix]
-    token_PN, position_PN = packed(prompt_PT, response_BR), packed(positions(prompt_PT), position_BR)
-    hidden_PND = hidden_states(model, params, token_PN, position_PN, packing=Packing(prefix, group)).hidden_BTD
+    position_PT = positions(prompt_PT)
+    token_PN, position_PN = packed(prompt_PT, response_BR), packed(position_PT, position_BR)
+    routed = valid_PN = None
+    if routed_BTLK is not None:
+        routed_BRLK = jnp.take_along_axis(routed_BTLK, position_BR[:, :, None, None], axis=1)
+        routed = by_layer(packed(routed_BTLK[::group, :prefix], routed_BRLK))
+    if model.spec.moe is not None:
+        shared_P = jnp.max(jnp.minimum(prefix_B, length_B).reshape(-1, group), axis=1)
+        valid_PN = packed(position_PT < shared_P[:, None], position_BR < length_B[:, None])
+    hidden_PND, _, routing = hidden_states(
+        model, params, token_PN, position_PN, packing=Packing(prefix, group), routed=routed, valid_BT=valid_PN
+    )
     last_P = jnp.maximum(prefix_B[::group] - 1, 0)
     last_PD = jnp.take_along_axis(hidden_PND, last_P[:, None, None], axis=1)
     response_BRD = hidden_PND[:, prefix:].reshape(B, R, -1)
-    return jnp.concatenate([jnp.repeat(last_PD, group, axis=0), response_BRD[:, :-1]], axis=1), prefix_B
+    before_BRD = jnp.concatenate([jnp.repeat(last_PD, group, axis=0), response_BRD[:, :-1]], axis=1)
+    return Read(before_BRD, prefix_B, routing)
+
+
+def by_layer(routed_BTLK: jax.Array | None) -> jax.Array | None:
+    """A record of experts as the decoder takes it, int32 `[L, B, T, K]`."""
+    return None if routed_BTLK is None else jnp.moveaxis(routed_BTLK, 2, 0).astype(jnp.int32)
 
 
 def score_tokens(
@@ -177,12 +206,25 @@ def score_tokens(
     temperature: float,
     entropy: bool = False,
 ) -> TokenStats:
-    """Score the actions of each row under the policy, aligned with their tokens; 0 elsewhere.
+    """Score the actions of each row under the policy (see `score_and_route`)."""
+    return score_and_route(model, params, experience, layout, temperature=temperature, entropy=entropy)[0]
+
+
+def score_and_route(
+    model: ModelDef,
+    params: Params,
+    experience: Experience,
+    layout: Layout = PLAIN,
+    *,
+    temperature: float,
+    entropy: bool = False,
+) -> tuple[TokenStats, Routing | None]:
+    """Score the actions of each row under the policy, aligned with their tokens, 0 elsewhere; and its routing.
 
     `logp_BT[:, t] = log softmax(logits(hidden[:, t-1]) / temperature)[token[:, t]]`. Only action positions meet the
     head, and the vocabulary is never held for all of them at once.
     """
-    before_BRD, offset_B = read_rows(model, params, experience, layout)
+    before_BRD, offset_B, routing = read_rows(model, params, experience, layout)
     index_BA = experience.action_index_BA
     B, A = index_BA.shape
     # Filler indices are 0; they read some state and are dropped below.
@@ -203,7 +245,7 @@ def score_tokens(
         x_BA = jnp.where(index_BA > 0, x_N.reshape(B, A), 0.0)
         return jnp.zeros(experience.token_BT.shape, jnp.float32).at[jnp.arange(B)[:, None], index_BA].add(x_BA)
 
-    return TokenStats(align(stats.logp), None if stats.entropy is None else align(stats.entropy))
+    return TokenStats(align(stats.logp), None if stats.entropy is None else align(stats.entropy)), routing
 
 
 class Prediction(NamedTuple):
@@ -228,7 +270,7 @@ def predict(model: ModelDef, params: Params, experience: Experience, layout: Lay
         parts = jax.vmap(lambda p: predict(model.member, p, experience, layout))(params)
         return jax.tree.map(lambda x: x[:, 0], parts)
     assert model.head is not None, "a policy has no values"
-    before_BRD, offset_B = read_rows(model, params, experience, layout)
+    before_BRD, offset_B, _ = read_rows(model, params, experience._replace(routed_BTLK=None), layout)
     output_BRK = _bind(model, params).outputs(before_BRD)
     place_BT = positions(experience.token_BT) - offset_B[:, None]
     inside_BT = (place_BT >= 0) & (place_BT < before_BRD.shape[1])

@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 from pydantic import Field
 
 from ppojax.component import Component
-from ppojax.models.spec import AttentionChoice, DecoderSpec, Remat, RopeSpec
+from ppojax.models.spec import AttentionChoice, DecoderSpec, MoESpec, Remat, RopeSpec
 
 Dtype = Literal["float32", "bfloat16"]  # float16 needs loss scaling, which is not here yet
 
@@ -22,6 +22,7 @@ class FreshSpec(Component):
     ffn: int = Field(default=384, ge=1, description="hidden width of the MLP")
     rope_theta: float = Field(default=10_000.0, gt=0, description="base of the rotary frequencies")
     tied: bool = Field(default=True, description="the head is the embedding")
+    moe: MoESpec | None = Field(default=None, description="experts in place of the MLP")
 
     def decoder(self, vocab: int) -> DecoderSpec:
         """Complete the shape with a vocabulary."""
@@ -35,6 +36,7 @@ class FreshSpec(Component):
             vocab=vocab,
             rope=RopeSpec(theta=self.rope_theta),
             tied=self.tied,
+            moe=self.moe,
         )
 
 

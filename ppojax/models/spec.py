@@ -148,11 +148,16 @@ class DecoderSpec(Component):
         return 0 if self.moe is None else self.layers - self.moe.dense_first
 
     def axis_sizes(self) -> dict[str, int]:
-        """Sizes of the logical dimensions that a mesh may split."""
-        return {
+        """Sizes of the logical dimensions that a mesh may split; what stands in brackets tells two of a kind apart."""
+        sizes = {
             "embed": self.width,
             "heads": self.heads,
             "kv_heads": self.kv_heads,
             "ffn": self.ffn,
             "vocab": self.vocab,
         }
+        if self.moe is not None:
+            sizes |= {"experts": self.moe.experts, "ffn (of an expert)": self.moe.ffn}
+            if self.moe.shared_ffn:
+                sizes["ffn (shared)"] = self.moe.shared_ffn
+        return sizes

@@ -40,6 +40,7 @@ class Episode:
     ending: Ending | None = None
     clipped: bool = False  # a turn ran into its limit
     info: dict[str, Any] = field(default_factory=dict)
+    routed: np.ndarray | None = None  # of every token, when the sampler kept its choice of experts
 
     def write(self, ids: Sequence[int], *, action: bool, logp: Sequence[float] | None = None) -> None:
         """Append tokens to the row."""
@@ -90,6 +91,7 @@ class Episode:
             clipped=self.clipped,
             messages=self.messages,
             info=self.info,
+            routed=self.routed,
         )
 
     def close(self) -> None:
@@ -141,6 +143,10 @@ class Collector:
             if any(observations):
                 token_BT, count_B = pad_tokens(observations, self.bucket, self.sampler.slots)
                 slots = extend(params, slots, token_BT, count_B, sampler=self.sampler)
+        if slots.routed_LBSK is not None:
+            routed_BSLK = np.moveaxis(jax.device_get(slots.routed_LBSK), 0, 2)
+            for episode, routed_SLK in zip(episodes, routed_BSLK, strict=True):
+                episode.routed = routed_SLK[: len(episode.token)].copy()
 
     def prompt(self, task: Task, env: Env) -> tuple[Messages, list[int]]:
         """Start a task and render its prompt.

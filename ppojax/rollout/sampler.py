@@ -17,10 +17,12 @@ import numpy as np
 
 from ppojax.mesh import sharding
 from ppojax.models.attention import KeyValue
+from ppojax.models.decoder import Hidden
 from ppojax.models.forward import ModelDef, Params, head_VD, hidden_states, logits
 from ppojax.rollout.stop import START
 
 CACHE = (None, "rows", None, "kv_heads", None)  # logical axes of keys and values
+ROUTED = (None, "rows", None, None)  # and of the experts that were chosen
 BLOCK = 256  # vocabulary block of the two-level inverse CDF
 
 
@@ -30,6 +32,7 @@ class Slots(NamedTuple):
     cache: KeyValue
     hidden_BD: jax.Array  # hidden state of each row's last token
     length_B: jax.Array  # int32
+    routed_LBSK: jax.Array | None = None  # int16: experts that read the token in each slot, where they are recorded
 
 
 class Turn(NamedTuple):
@@ -51,6 +54,7 @@ class SamplerDef:
     turn_tokens: int  # N: tokens of one turn, at most
     temperature: float = 1.0
     greedy: bool = False
+    record_experts: bool = False
 
 
 def sample(logits_BV: jax.Array, uniform_B: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -99,21 +103,29 @@ def greedy_choice(logits_BV: jax.Array) -> tuple[jax.Array, jax.Array]:
 def prefill(params: Params, token_PT: jax.Array, length_P: jax.Array, *, sampler: SamplerDef, group_size: int) -> Slots:
     """Read each prompt once and give its keys and values to the `group_size` rows that share it."""
     position_PT = jnp.broadcast_to(jnp.arange(token_PT.shape[1], dtype=jnp.int32), token_PT.shape)
-    hidden_PTD, new, _ = hidden_states(sampler.model, params, token_PT, position_PT)
+    hidden_PTD, new, routing = hidden_states(sampler.model, params, token_PT, position_PT)
     last_PD = jnp.take_along_axis(hidden_PTD, (length_P - 1)[:, None, None], axis=1)[:, 0]
     room = sampler.slots - token_PT.shape[1]
 
-    def to_rows(x_LPT: jax.Array) -> jax.Array:
-        x = jnp.pad(x_LPT, ((0, 0), (0, 0), (0, room), (0, 0), (0, 0)))
-        return jax.lax.with_sharding_constraint(jnp.repeat(x, group_size, axis=1), sharding(sampler.mesh, CACHE))
+    def to_rows(x_LPT: jax.Array, axes: tuple[str | None, ...] = CACHE, fill: int = 0) -> jax.Array:
+        widths = ((0, 0), (0, 0), (0, room), *((0, 0),) * (x_LPT.ndim - 3))
+        x = jnp.repeat(jnp.pad(x_LPT, widths, constant_values=fill), group_size, axis=1)
+        return jax.lax.with_sharding_constraint(x, sharding(sampler.mesh, axes))
 
+    routed = None
+    if sampler.record_experts:
+        assert routing is not None, "there are no experts to record"
+        real_PT = position_PT < length_P[:, None]
+        routed_LPTK = jnp.where(real_PT[None, :, :, None], routing.expert_NK, -1).astype(jnp.int16)
+        routed = to_rows(routed_LPTK, ROUTED, -1)
     return Slots(
-        KeyValue(*map(to_rows, new)), jnp.repeat(last_PD, group_size, axis=0), jnp.repeat(length_P, group_size)
+        KeyValue(*map(to_rows, new)), jnp.repeat(last_PD, group_size, axis=0), jnp.repeat(length_P, group_size), routed
     )
 
 
-def append(slots: Slots, new: KeyValue, hidden_BTD: jax.Array, count_B: jax.Array) -> Slots:
+def append(slots: Slots, read: Hidden, count_B: jax.Array) -> Slots:
     """Write the first `count` of each row's new tokens behind its length."""
+    hidden_BTD, new, routing = read
     B, T = hidden_BTD.shape[:2]
     step_T = jnp.arange(T, dtype=jnp.int32)
     end = slots.cache.k.shape[2]
@@ -124,17 +136,20 @@ def append(slots: Slots, new: KeyValue, hidden_BTD: jax.Array, count_B: jax.Arra
         slots.cache.k.at[:, row_B1, slot_BT].set(new.k, mode="drop"),
         slots.cache.v.at[:, row_B1, slot_BT].set(new.v, mode="drop"),
     )
+    routed = slots.routed_LBSK
+    if routed is not None:
+        assert routing is not None
+        routed = routed.at[:, row_B1, slot_BT].set(routing.expert_NK.astype(jnp.int16), mode="drop")
     last_BD = jnp.take_along_axis(hidden_BTD, jnp.maximum(count_B - 1, 0)[:, None, None], axis=1)[:, 0]
     hidden_BD = jnp.where((count_B > 0)[:, None], last_BD, slots.hidden_BD)
-    return Slots(cache, hidden_BD, slots.length_B + count_B)
+    return Slots(cache, hidden_BD, slots.length_B + count_B, routed)
 
 
 @partial(jax.jit, static_argnames=("sampler",), donate_argnames=("slots",))
 def extend(params: Params, slots: Slots, token_BT: jax.Array, count_B: jax.Array, *, sampler: SamplerDef) -> Slots:
     """Append given tokens (an observation) to live rows; rows with a count of 0 stay as they are."""
     position_BT = slots.length_B[:, None] + jnp.arange(token_BT.shape[1], dtype=jnp.int32)[None, :]
-    hidden_BTD, new, _ = hidden_states(sampler.model, params, token_BT, position_BT, slots.cache)
-    return append(slots, new, hidden_BTD, count_B)
+    return append(slots, hidden_states(sampler.model, params, token_BT, position_BT, slots.cache), count_B)
 
 
 @partial(jax.jit, static_argnames=("sampler",), donate_argnames=("slots",))
@@ -159,10 +174,8 @@ def decode(
         logits_BV = logits(sampler.model, head, slots.hidden_BD) / sampler.temperature
         uniform_B = jax.vmap(lambda k, t: jax.random.uniform(jax.random.fold_in(k, t)))(key_B, slots.length_B)
         token_B, logp_B = greedy_choice(logits_BV) if sampler.greedy else sample(logits_BV, uniform_B)
-        hidden_BTD, new, _ = hidden_states(
-            sampler.model, params, token_B[:, None], slots.length_B[:, None], slots.cache
-        )
-        slots = append(slots, new, hidden_BTD, live_B.astype(jnp.int32))
+        read = hidden_states(sampler.model, params, token_B[:, None], slots.length_B[:, None], slots.cache)
+        slots = append(slots, read, live_B.astype(jnp.int32))
         state_B = jnp.where(live_B, stop_SV[state_B, token_B], state_B)
         turn = Turn(
             turn.token_BN.at[:, n].set(jnp.where(live_B, token_B, 0)),

@@ -16,6 +16,11 @@ class RolloutConfig(Component):
     max_tokens: int = Field(default=512, ge=8, description="tokens of a row (prompt, turns and observations), at most")
     temperature: float = Field(default=1.0, gt=0, description="sampling temperature; also divides the trainer's logits")
     prompt_bucket: int = Field(default=16, ge=1, description="prompt lengths are padded up to a multiple of this")
+    record_experts: bool = Field(
+        default=True,
+        description="models with experts: keep which experts the sampler chose, and use them again when the policy is "
+        "trained (R3); costs 2 bytes a token, layer and chosen expert",
+    )
     bucket: int = Field(default=64, ge=1, description="lengths of what follows a prompt, likewise")
 
     @property

@@ -67,6 +67,7 @@ def build(config: Config) -> tuple[Parts, States]:
         keep_freed_memory()  # before the first device is asked for: its threads make heaps of their own
     mesh = config.mesh.build()
     loaded = load_model(config.model, purpose_key(config.seed, OUTSIDE, INIT_ACTOR))
+    loaded = replace(loaded, model=replace(loaded.model, mesh=mesh))
     _check_mesh(config, loaded.model)
     states = States(init_state(loaded.model, loaded.params, config.actor.optimizer.build(), mesh), None)
     critic = None
@@ -97,6 +98,7 @@ def build_critic(config: Config, actor: Loaded, mesh: jax.sharding.Mesh) -> tupl
     settings = config.critic
     key = purpose_key(config.seed, OUTSIDE, INIT_CRITIC)
     critic, params = load_critic(settings.model, actor, key, settings.head, settings.count, settings.noise)
+    critic = replace(critic, mesh=mesh)
     _check_mesh(config, critic)
     return critic, init_state(critic, params, settings.build_optimizer(), mesh)
 
@@ -106,7 +108,14 @@ def make_collector(config: Config, model: ModelDef, tokenizer: Tokenizer, mesh: 
     rollout = config.rollout
     # One position stays free for the value of the state after a row's last token.
     slots = rollout.max_tokens - 1
-    sampler = SamplerDef(replace(model, remat="none"), mesh, slots, rollout.max_turn_tokens, rollout.temperature)
+    sampler = SamplerDef(
+        replace(model, remat="none"),
+        mesh,
+        slots,
+        rollout.max_turn_tokens,
+        rollout.temperature,
+        record_experts=rollout.record_experts and model.spec.moe is not None,
+    )
     table = stop_table(tokenizer.token_bytes(), config.env.stop, tokenizer.eos_ids)
     unused = np.repeat(np.arange(len(table), dtype=np.int32)[:, None], model.spec.vocab - table.shape[1], axis=1)
     stop_SV = jax.device_put(np.concatenate([table, unused], axis=1), replicated(mesh))
@@ -115,7 +124,8 @@ def make_collector(config: Config, model: ModelDef, tokenizer: Tokenizer, mesh: 
 
 def greedy(collector: Collector) -> Collector:
     """The same episodes, one of each task, always with the most likely token."""
-    return replace(collector, sampler=replace(collector.sampler, greedy=True), group_size=1)
+    sampler = replace(collector.sampler, greedy=True, record_experts=False)
+    return replace(collector, sampler=sampler, group_size=1)
 
 
 def _check_mesh(config: Config, model: ModelDef) -> None:

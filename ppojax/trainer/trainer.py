@@ -206,6 +206,7 @@ class Trainer:
                     layout=layout,
                     microbatch_rows=config.update.microbatch_rows,
                     mesh=parts.mesh,
+                    router=config.actor.router,
                 )
                 done.append(metrics)
         self._check_finite("actor", skipped_in_a_row(self.states.actor))

@@ -57,6 +57,7 @@ def warm_start(
             layout=Layout(),
             microbatch_rows=settings.rows,
             mesh=parts.mesh,
+            router=config.actor.router,
         )
         losses.append(metrics["actor/loss"])
     if skipped_in_a_row(state):

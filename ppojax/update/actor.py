@@ -8,12 +8,15 @@ import jax
 import jax.numpy as jnp
 
 from ppojax.losses import Loss
+from ppojax.losses.router import RouterLoss
 from ppojax.masking import finish, masked_max, masked_mean
-from ppojax.models.forward import ModelDef, Params, score_tokens
+from ppojax.models.forward import ModelDef, Params, score_and_route
 from ppojax.types import Batch, Layout, LossOut, Mean, Metrics, TokenStats, TrainState
 from ppojax.update.accumulate import gradients
 from ppojax.update.settings import OptimizerConfig
 from ppojax.update.state import apply_gradients, state_shardings
+
+NO_ROUTER_LOSS = RouterLoss()
 
 
 def mismatch(stats: TokenStats, batch: Batch) -> Metrics:
@@ -29,7 +32,7 @@ def mismatch(stats: TokenStats, batch: Batch) -> Metrics:
 
 @partial(
     jax.jit,
-    static_argnames=("model", "loss", "optimizer", "temperature", "layout", "microbatch_rows", "mesh"),
+    static_argnames=("model", "loss", "optimizer", "temperature", "layout", "microbatch_rows", "mesh", "router"),
     donate_argnames=("state",),
 )
 def actor_step(
@@ -43,13 +46,21 @@ def actor_step(
     layout: Layout,
     microbatch_rows: int,
     mesh: jax.sharding.Mesh,
+    router: RouterLoss = NO_ROUTER_LOSS,
 ) -> tuple[TrainState, dict[str, jax.Array]]:
-    """Take one optimizer step on a minibatch: one gradient of `loss`, clipped, applied to the float32 masters."""
+    """Take one optimizer step on a minibatch: one gradient of `loss`, clipped, applied to the float32 masters.
+
+    `router` adds its losses where the model has experts.
+    """
 
     def objective(params: Params, rows: Batch) -> LossOut:
-        stats = score_tokens(model, params, rows.experience, layout, temperature=temperature, entropy=True)
+        stats, routing = score_and_route(model, params, rows.experience, layout, temperature=temperature, entropy=True)
         out = loss(stats, rows)
-        return out._replace(metrics={**out.metrics, **mismatch(stats, rows)})
+        metrics = {**out.metrics, **mismatch(stats, rows)}
+        if routing is None:
+            return out._replace(metrics=metrics)
+        extra, load = router(routing)
+        return LossOut(out.sum + extra * out.weight, out.weight, {**metrics, **load})
 
     grads, value, weight, metrics = gradients(objective, state.params, batch, microbatch_rows, layout.group)
     transform = optimizer.build()

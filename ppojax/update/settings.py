@@ -9,6 +9,7 @@ from pydantic import Field
 from ppojax.component import Component
 from ppojax.lazy import jax, jnp, optax
 from ppojax.losses import ValueLoss
+from ppojax.losses.router import RouterLoss
 from ppojax.models.settings import CriticModelConfig, CutCritic
 from ppojax.models.value_head import LinearHead, ValueHead
 
@@ -62,6 +63,7 @@ class ActorConfig(Component):
     """The policy's update."""
 
     optimizer: OptimizerConfig = Field(default=OptimizerConfig(), description="the policy's optimizer")
+    router: RouterLoss = Field(default=RouterLoss(), description="losses on the routers of a model with experts")
 
 
 class CriticConfig(Component):
