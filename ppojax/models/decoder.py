@@ -261,23 +261,27 @@ class Decoder(nnx.Module):
         flashing = use_flash(choice, spec, dtype, cached=cached, packed=packed)
 
         def block(x: jax.Array, layer: tuple) -> tuple[jax.Array, tuple[KeyValue, Routing | None]]:
-            weight, kind, cache, routed = layer
+            weight, kind, n, past, routed = layer
+            if n is not None:
+                past = jax.tree.map(lambda c: jax.lax.dynamic_index_in_dim(c, n, keepdims=False), cache)
             sight = sights[0] if kind is None else jax.tree.map(lambda *s: jax.lax.select_n(kind, *s), *sights)
             flash = flash_of(spec, distinct, kind) if flashing else None
-            return Block(spec, weight, valid_BT, mesh, flash)(x, sight, cache, packing, routed)
+            return Block(spec, weight, valid_BT, mesh, flash)(x, sight, past, packing, routed)
 
         x_BTD = self.embed[...][token_BT]
         if spec.embed_scale != 1.0:
             x_BTD = x_BTD * jnp.asarray(spec.embed_scale, x_BTD.dtype)
         stacks = [self.dense_layers, self.layers] if spec.moe is not None and spec.moe.dense_first else [self.layers]
         key_values, routing = [], None
+        # One stack takes the cache block by block. Of two, each would take a part, which is a copy: they look it up.
+        look_up = cache is not None and len(stacks) > 1
         for stack in stacks:
             kind_L = jnp.asarray([distinct.index(kinds[n]) for n in stack.blocks], jnp.int32)
-            part = slice(stack.blocks.start, stack.blocks.stop)
             layers = (
                 nnx.to_pure_dict(nnx.state(stack)),
                 kind_L if len(distinct) > 1 else None,
-                cache if len(stacks) == 1 else jax.tree.map(lambda c, part=part: c[part], cache),
+                jnp.asarray(stack.blocks, jnp.int32) if look_up else None,
+                None if look_up else cache,
                 routed if stack is self.layers else None,
             )
             x_BTD, (key_value, routing) = jax.lax.scan(rematerialised(block, remat), x_BTD, layers)
