@@ -35,8 +35,9 @@ UNSAFE_CALLS = {"eval", "exec", "compile", "__import__"}
 
 # (file, module): an optional extra, or the numerical half of a command, which a mistyped key should not wait for.
 LATE_IMPORTS = {
-    ("models/pretrained.py", "huggingface_hub"),
+    ("models/source.py", "huggingface_hub"),
     ("models/gguf.py", "gguf"),
+    ("models/__init__.py", "ppojax.models.api"),
     ("train.py", "ppojax.trainer.session"),
     ("evaluate.py", "ppojax.trainer.held_out"),
 }

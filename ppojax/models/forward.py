@@ -50,6 +50,11 @@ def _structure(model: ModelDef) -> tuple[nnx.GraphDef, nnx.State]:
     return nnx.split(nnx.eval_shape(lambda: _module(model, nnx.Rngs(0))))
 
 
+def graphdef(model: ModelDef) -> nnx.GraphDef:
+    """The structure of the model's `flax.nnx` module."""
+    return _structure(model)[0]
+
+
 def _module(model: ModelDef, rngs: nnx.Rngs) -> nnx.Module:
     return Decoder(model.spec, rngs) if model.head is None else Critic(model.spec, model.head, rngs)
 

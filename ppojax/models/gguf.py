@@ -5,12 +5,15 @@ from __future__ import annotations
 import math
 import struct
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from ppojax.errors import DataError
+from ppojax.models.families import FAMILIES
+from ppojax.models.families.family import Family
 from ppojax.models.families.layout import Order, Rule, Rules, named
 from ppojax.models.spec import DecoderSpec, RopeSpec
 from ppojax.models.weights import Params, Tensors, read_params
@@ -105,24 +108,40 @@ def read_header(path: Path | str) -> GGUFHeader:
     return GGUFHeader(path, fields, placed, data)
 
 
-def read_gguf(
-    path: Path | str,
-    dtype: str = "float32",
-    shardings: Callable[[DecoderSpec], Params] | None = None,
-) -> tuple[DecoderSpec, Params]:
-    """Read a GGUF file of a Llama, Qwen2 or Qwen3 model; see `weights.read_params`.
+@dataclass(frozen=True)
+class GGUFModel:
+    """A GGUF file whose metadata is understood; no weights are read yet."""
 
-    Raises DataError naming the tensor when one is missing, surplus, cut, mis-shaped or non-finite, and when the
-    architecture or a RoPE scaling is not supported.
+    header: GGUFHeader
+    family: Family
+    spec: DecoderSpec
+    rules: Rules
+
+    def read(self, dtype: str = "float32", shardings: Params | None = None) -> Params:
+        """Read the weights; see `weights.read_params`.
+
+        Raises DataError naming the tensor when one is missing, surplus, cut, mis-shaped or non-finite.
+        """
+        header = self.header
+        shapes = {name: tensor.shape for name, tensor in header.tensors.items()}
+        tensors = Tensors(str(header.path), self.family.model_type, shapes, lambda name: _dequantize(header, name))
+        return read_params(tensors, self.spec, self.rules, dtype=dtype, shardings=shardings)
+
+
+def open_gguf(path: Path | str) -> GGUFModel:
+    """Read the metadata of a GGUF file of a Llama, Qwen2 or Qwen3 model.
+
+    Raises DataError when the architecture or a RoPE scaling is not supported.
     """
     header = read_header(path)
     spec, rules = _read_metadata(header)
-    shapes = {name: tensor.shape for name, tensor in header.tensors.items()}
-    tensors = Tensors(
-        str(header.path), header.field("general.architecture", str), shapes, lambda name: _dequantize(header, name)
-    )
-    placed = None if shardings is None else shardings(spec)
-    return spec, read_params(tensors, spec, rules, dtype=dtype, shardings=placed)
+    return GGUFModel(header, FAMILIES[header.field("general.architecture", str)], spec, rules)
+
+
+def read_gguf(path: Path | str, dtype: str = "float32") -> tuple[DecoderSpec, Params]:
+    """Read a GGUF file. Raises DataError as `open_gguf` and `GGUFModel.read` do."""
+    model = open_gguf(path)
+    return model.spec, model.read(dtype)
 
 
 def _by_pairs(heads: Callable[[DecoderSpec], int]) -> Order:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -82,17 +81,13 @@ def open_hf(folder: Path | str) -> HFFolder:
     return HFFolder(folder, family, spec, config)
 
 
-def read_hf(
-    folder: Path | str,
-    dtype: str = "float32",
-    shardings: Callable[[DecoderSpec], Params] | None = None,
-) -> tuple[DecoderSpec, Params]:
+def read_hf(folder: Path | str, dtype: str = "float32") -> tuple[DecoderSpec, Params]:
     """Read a Hugging Face folder: one or several safetensors files in float32, float16 or bfloat16.
 
     Raises DataError as `open_hf` and `HFFolder.read` do.
     """
     opened = open_hf(folder)
-    return opened.spec, opened.read(dtype, None if shardings is None else shardings(opened.spec))
+    return opened.spec, opened.read(dtype)
 
 
 def _weight_files(folder: Path) -> list[Path]:

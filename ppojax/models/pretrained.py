@@ -4,25 +4,21 @@ from __future__ import annotations
 
 import math
 import string
+from collections.abc import Callable
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 import jax
 
 from ppojax.errors import DataError
 from ppojax.models.critic import cut_spec, cut_trunk, new_head
 from ppojax.models.forward import ModelDef, Params, init, stack
-from ppojax.models.gguf import read_gguf
-from ppojax.models.hf import read_hf
 from ppojax.models.settings import CriticModelConfig, CutCritic, FreshCritic, ModelConfig
-from ppojax.models.smollm2 import find_smollm2
+from ppojax.models.source import find_source
 from ppojax.models.spec import DecoderSpec
 from ppojax.models.tokenizer import Tokenizer, char_tokenizer
-from ppojax.models.tokenizer_files import tokenizer_from_gguf, tokenizer_from_hf
 from ppojax.models.value_head import LinearHead, ValueHead
 
 LINEAR = LinearHead()
-HUB_FILES = ("*.json", "*.safetensors", "*.jinja")
 
 
 @dataclass(frozen=True)
@@ -34,8 +30,17 @@ class Loaded:
     tokenizer: Tokenizer
 
 
-def load_model(config: ModelConfig, key: jax.Array) -> Loaded:
+def load_model(
+    config: ModelConfig,
+    key: jax.Array,
+    mesh: jax.sharding.Mesh | None = None,
+    check: Callable[[ModelDef], None] | None = None,
+) -> Loaded:
     """Load pretrained weights, or draw fresh ones.
+
+    Args:
+        mesh: where pretrained weights go, each device its part; None: all on one device.
+        check: called with the model before its weights are read.
 
     Raises:
         DataError: the weights are missing or malformed, or the tokenizer has more ids than the embedding has rows.
@@ -46,39 +51,23 @@ def load_model(config: ModelConfig, key: jax.Array) -> Loaded:
         spec = config.fresh.decoder(tokenizer.vocab_size)
         model = ModelDef(spec, config.dtype, config.remat, attention=config.attention)
         return Loaded(model, init(model, key), tokenizer)
-    spec, params, tokenizer = read_pretrained(config.path)
+    spec, params, tokenizer = read_pretrained(config.path, mesh, check)
     return Loaded(ModelDef(spec, config.dtype, config.remat, attention=config.attention), params, tokenizer)
 
 
-def read_pretrained(path: str) -> tuple[DecoderSpec, Params, Tokenizer]:
-    """Read weights and tokenizer from `smollm2`, a GGUF file, a Hugging Face folder, or a hub id."""
-    source = find_smollm2() if path == "smollm2" else Path(path).expanduser()
-    if source.suffix == ".gguf":
-        if not source.is_file():
-            raise DataError(f"model.path: no file {source}")
-        tokenizer, (spec, params) = tokenizer_from_gguf(source), read_gguf(source)
-    else:
-        folder = source if source.is_dir() else _download(path)
-        tokenizer, (spec, params) = tokenizer_from_hf(folder), read_hf(folder)
-    if tokenizer.vocab_size > spec.vocab:
-        raise DataError(
-            f"model.path {path}: the tokenizer has {tokenizer.vocab_size} ids, the embedding {spec.vocab} rows: "
-            f"use the tokenizer that the weights were trained with"
-        )
-    return spec, params, tokenizer
+def read_pretrained(
+    path: str, mesh: jax.sharding.Mesh | None = None, check: Callable[[ModelDef], None] | None = None
+) -> tuple[DecoderSpec, Params, Tokenizer]:
+    """Read weights and tokenizer from `smollm2`, a GGUF file, a Hugging Face folder, or a hub id.
 
-
-def _download(hub_id: str) -> Path:
-    if hub_id.count("/") != 1 or hub_id.startswith((".", "/", "~")):
-        raise DataError(f"model.path: {hub_id} is neither a folder, a .gguf file, 'smollm2', nor a hub id (owner/name)")
-    try:
-        from huggingface_hub import snapshot_download
-    except ImportError as error:
-        raise DataError(f"model.path: {hub_id} is no local folder; hub ids need the extra: ppojax[hub]") from error
-    try:
-        return Path(snapshot_download(hub_id, allow_patterns=list(HUB_FILES)))
-    except OSError as error:
-        raise DataError(f"model.path: cannot fetch {hub_id} from the hub ({error.__class__.__name__})") from error
+    Args:
+        mesh: where the weights go, each device its part; None: all on one device.
+        check: called with the model before its weights are read.
+    """
+    source = find_source(path)
+    if check is not None:
+        check(ModelDef(source.spec))
+    return source.spec, source.place("float32", mesh), source.tokenizer()
 
 
 def load_critic(
