@@ -25,7 +25,7 @@ LINES = (
     ("update", "runtime"),
     ("config",),
     ("trainer", "cli"),
-    ("train", "evaluate"),
+    ("train", "evaluate", "export"),
 )
 LEVEL = {name: level for level, names in enumerate(LINES) for name in names}
 
@@ -40,6 +40,7 @@ LATE_IMPORTS = {
     ("models/__init__.py", "ppojax.models.api"),
     ("train.py", "ppojax.trainer.session"),
     ("evaluate.py", "ppojax.trainer.held_out"),
+    ("export.py", "ppojax.trainer.exporting"),
 }
 BROAD_EXCEPTS = {"rollout/collect.py"}  # an environment is the user's code
 PROBES = {"lazy.py"}  # a proxy of a module
@@ -167,7 +168,7 @@ def test_environments_never_reach_jax() -> None:
         assert numerical_imports(module) == []
 
 
-@pytest.mark.parametrize("module", ["ppojax.config", "ppojax.cli", "ppojax.train", "ppojax.evaluate"])
+@pytest.mark.parametrize("module", ["ppojax.config", "ppojax.cli", "ppojax.train", "ppojax.evaluate", "ppojax.export"])
 def test_a_config_is_read_without_jax(module: str) -> None:
     assert numerical_imports(module) == []
 

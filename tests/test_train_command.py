@@ -16,8 +16,8 @@ from typing import Any
 import jax
 import numpy as np
 import pytest
-from models.test_llama_weights import write
 
+from models.test_hf import write
 from ppojax.cli import run_command
 from ppojax.models.tokenizer import char_tokenizer
 from ppojax.runtime.checkpoint import Checkpoints

@@ -29,16 +29,26 @@ def evaluate_run(
     Raises:
         DataError: there is no such checkpoint, or it is damaged.
     """
-    with Checkpoints(run.checkpoints, config.checkpoint) as checkpoints:
-        _check_there(run, checkpoints.latest(), checkpoint)
-        trainer = Trainer(config)
-        state, position = checkpoints.restore(checkpoint, abstract_state(trainer.state()))
-    trainer.restore(state, position)
+    trainer = restored(config, run, checkpoint)
     collector, params = trainer.parts.collector, trainer.states.actor.params
     key = purpose_key(seed, OUTSIDE, EVALUATE)
     metrics, _ = evaluate_greedy(collector, params, tasks, config.rollout.rows, key)
     rows = _rows(config, samples)
     return trainer.number, metrics | evaluate_samples(collector, params, tasks, rows, key, samples)
+
+
+def restored(config: Config, run: RunDir, checkpoint: int | None) -> Trainer:
+    """A trainer in the state of a checkpoint, the newest intact one for None; nothing in the run is written.
+
+    Raises:
+        DataError: there is no such checkpoint, or it is damaged.
+    """
+    with Checkpoints(run.checkpoints, config.checkpoint) as checkpoints:
+        _check_there(run, checkpoints.latest(), checkpoint)
+        trainer = Trainer(config)
+        state, position = checkpoints.restore(checkpoint, abstract_state(trainer.state()))
+    trainer.restore(state, position)
+    return trainer
 
 
 def _check_there(run: RunDir, latest: int | None, wanted: int | None) -> None:

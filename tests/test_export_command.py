@@ -1,0 +1,69 @@
+"""`python -m ppojax.export`: a run's policy, as a folder that loads again."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+from ppojax import export
+from ppojax.cli import run_command
+from ppojax.export import ExportConfig
+from ppojax.models import load
+from ppojax.runtime.checkpoint import Checkpoints
+from ppojax.runtime.rundir import RunDir
+from ppojax.trainer import Trainer
+from ppojax.trainer.exporting import export_trainer
+from tiny_config import tiny
+
+
+@pytest.fixture(scope="module")
+def trainer() -> Trainer:
+    return Trainer(tiny())
+
+
+@pytest.fixture
+def run(trainer: Trainer, tmp_path: Path) -> RunDir:
+    run = RunDir(tmp_path / "run")
+    run.create()
+    run.write_config(trainer.config.to_yaml())
+    with Checkpoints(run.checkpoints, trainer.config.checkpoint) as checkpoints:
+        checkpoints.save(1, trainer.state(), trainer.position())
+    return run
+
+
+def command(*arguments: str) -> int:
+    return run_command(export.main, arguments, ExportConfig)
+
+
+def test_a_checkpoint_becomes_a_folder_that_loads(run: RunDir, trainer: Trainer, tmp_path: Path) -> None:
+    assert command(f"run={run.path}", f"out={tmp_path}/out", "dtype=float32", "step=1") == 0
+    model = load(tmp_path / "out")
+    assert model.family.model_type == "llama"
+    assert model.spec == trainer.parts.actor.spec
+    jax.tree.map(np.testing.assert_array_equal, model.params, trainer.states.actor.params)
+    assert model.tokenizer is not None
+    assert model.tokenizer.fingerprint() == trainer.parts.tokenizer.fingerprint()
+
+
+def test_the_policy_of_a_live_run(trainer: Trainer, tmp_path: Path) -> None:
+    export_trainer(trainer, tmp_path / "out", dtype="bfloat16")
+    stored = load(tmp_path / "out").params["embed"]
+    np.testing.assert_array_equal(stored, trainer.states.actor.params["embed"].astype("bfloat16").astype("float32"))
+
+
+def test_faults_of_the_arguments(run: RunDir, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert command(f"run={tmp_path}/none", f"out={tmp_path}/out") == 2
+    assert f"run={tmp_path}/none: there is no run" in capsys.readouterr().err
+    assert command(f"run={run.path}", f"out={run.path}") == 2
+    assert f"out={run.path}: is there and not empty; give a new folder" in capsys.readouterr().err
+    assert command(f"run={run.path}") == 2
+    assert "out" in capsys.readouterr().err
+    assert command(f"run={run.path}", f"out={tmp_path}/out", "--dry-run") == 0
+    assert command(f"run={run.path}", f"out={tmp_path}/out", "step=7") == 3
+    assert "checkpoint=7" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+    assert command("--help") == 0
+    assert "python -m ppojax.export" in capsys.readouterr().out
