@@ -70,6 +70,12 @@ def measure(N: int, D: int, E: int, K: int, F: int) -> dict[str, list[float]]:
     return out
 
 
+def processor() -> str:
+    """The name of the processor."""
+    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
+    return next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.processor())
+
+
 def main() -> None:
     """Measure every shape and write the raw figures."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -77,7 +83,7 @@ def main() -> None:
     cores = parser.parse_args().cores
     os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:cores])
     results: dict[str, Any] = {
-        "machine": {"platform": jax.default_backend(), "cpu": platform.processor(), "cores": cores},
+        "machine": {"platform": jax.default_backend(), "cpu": processor(), "cores": cores},
         "versions": {"jax": jax.__version__, "python": platform.python_version()},
         "date": time.strftime("%Y-%m-%d"),
         "milliseconds [forward, forward and backward]": {},
