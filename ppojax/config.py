@@ -175,6 +175,12 @@ def _model(config: Config) -> Iterator[Contradiction]:
             "a loaded model brings its own tokenizer",
             "set model.tokenizer=null",
         )
+    if model.base_dtype != "float32" and model.lora is None and config.critic.lora is None:
+        yield Contradiction(
+            ("model.base_dtype", "model.lora"),
+            "weights that are trained are kept in float32",
+            "set model.lora.rank for adapters, or model.base_dtype=float32",
+        )
 
 
 def _shape(config: Config, shape: FreshSpec, key: str) -> Iterator[Contradiction]:

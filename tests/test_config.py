@@ -202,6 +202,26 @@ CONTRADICTIONS = [
         "the policy would never be trained; raise steps or lower critic.warmup_steps",
     ),
     (
+        (*BASE, "critic.count=6", "critic.split=responses"),
+        "critic.count=6 (command line), critic.split=responses (command line), rollout.group_size=4 (default): "
+        "4 responses do not go round among 6 critics; set critic.count to 4 or less, or critic.split=none",
+    ),
+    (
+        (*BASE, "critic.count=9", "critic.split=prompts"),
+        "critic.count=9 (command line), critic.split=prompts (command line), rollout.prompts=8 (default): "
+        "8 prompts do not go round among 9 critics; set critic.count to 8 or less, or critic.split=none",
+    ),
+    (
+        (*BASE, "critic.head.type=hl_gauss", "critic.loss.clip=0.2"),
+        "critic.head.type=hl_gauss (command line), critic.loss.clip=0.2 (command line): "
+        "a distribution over bins is fitted by cross-entropy, which has no clip; set critic.loss.clip=null",
+    ),
+    (
+        (*BASE, "model.base_dtype=bfloat16"),
+        "model.base_dtype=bfloat16 (command line), model.lora=null (default): weights that are trained are kept in "
+        "float32; set model.lora.rank for adapters, or model.base_dtype=float32",
+    ),
+    (
         (*BASE, "warm_start.rows=6", "mesh.data=4"),
         "warm_start.rows=6 (command line), mesh.data=4 (command line), mesh.fsdp=1 (default), mesh.expert=1 (default): "
         "demonstrations are not split evenly over 4 devices; make warm_start.rows a multiple of 4",

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from ppojax.models.decoder import Decoder
+from ppojax.models.lora import LoRAConfig
 from ppojax.models.spec import DecoderSpec
 from ppojax.models.value_head import ValueHead
 
@@ -16,8 +17,8 @@ from ppojax.models.value_head import ValueHead
 class Critic(nnx.Module):
     """A decoder and a value head that starts at zero."""
 
-    def __init__(self, spec: DecoderSpec, head: ValueHead, rngs: nnx.Rngs) -> None:
-        self.trunk = Decoder(spec, rngs)
+    def __init__(self, spec: DecoderSpec, head: ValueHead, rngs: nnx.Rngs, lora: LoRAConfig | None = None) -> None:
+        self.trunk = Decoder(spec, rngs, lora)
         self.value_head = nnx.Param(new_head(spec, head), axes=(None, None))
 
     def outputs(self, hidden_BTD: jax.Array) -> jax.Array:

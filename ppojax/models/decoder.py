@@ -24,6 +24,7 @@ from ppojax.models.activation import gated
 from ppojax.models.attention import KeyValue, Masks, Packing, Scores, attention, masks
 from ppojax.models.flash import flash, use_flash
 from ppojax.models.linear import linear
+from ppojax.models.lora import LoRAConfig
 from ppojax.models.moe import CHOICE, mix
 from ppojax.models.rope import Turn, rotary, rotate
 from ppojax.models.spec import AttentionChoice, DecoderSpec, Remat
@@ -121,6 +122,7 @@ class Block:
     valid_BT: jax.Array | None = None  # tokens that count as load of the experts; None: all
     mesh: jax.sharding.Mesh | None = None  # over which tokens travel to their experts
     flash: Flash | None = None  # attends in place of `attention`
+    lora: LoRAConfig | None = None
 
     def __call__(
         self, x_BTD: jax.Array, sight: Sight, cache: KeyValue | None, packing: Packing | None, routed: jax.Array | None
@@ -140,8 +142,13 @@ class Block:
         return x_BTD, (KeyValue(k, v), routing)
 
     def project(self, name: str, x: jax.Array) -> jax.Array:
-        """x w, and a bias where the block has one. Every matrix outside of the experts is applied here."""
+        """x w, and a bias and an adapter where there are. Every matrix outside of the experts is applied here."""
         y = linear(x, self.weight[name])
+        pair = self.weight.get("lora", {}).get(name)
+        if pair is not None:
+            assert self.lora is not None, "parameters with adapters for a model without"
+            # Added to the bare product: what follows is compiled as it is without adapters, to the same bits.
+            y = y + linear(linear(x, pair["a"]) * self.lora.scale, pair["b"])
         if f"{name}_bias" in self.weight:
             y = y + self.weight[f"{name}_bias"].reshape((1,) * (y.ndim - 1) + (-1,))
         return y
@@ -214,22 +221,33 @@ class Block:
 class Layers(nnx.Module):
     """A stack of equal blocks: parameters carry a leading layer axis, over which `Decoder` scans."""
 
-    def __init__(self, spec: DecoderSpec, rngs: nnx.Rngs, blocks: range, experts: bool) -> None:
+    def __init__(
+        self, spec: DecoderSpec, rngs: nnx.Rngs, blocks: range, experts: bool, lora: LoRAConfig | None
+    ) -> None:
         self.blocks = blocks  # where the stack stands among the model's blocks
         for name, leaf in parameters.block(spec, experts).items():
             setattr(self, name, parameters.create(rngs, leaf, len(blocks)))
+        if lora is not None:
+            # A stream of their own: the base is the same with adapters and without.
+            own = nnx.Rngs(rngs.lora())
+            self.lora = nnx.Dict(
+                {
+                    name: nnx.Dict({x: parameters.create(own, leaf, len(blocks)) for x, leaf in pair.items()})
+                    for name, pair in parameters.adapters(spec, experts, lora).items()
+                }
+            )
 
 
 class Decoder(nnx.Module):
     """Tokens to final hidden states."""
 
-    def __init__(self, spec: DecoderSpec, rngs: nnx.Rngs) -> None:
-        self.spec = spec
+    def __init__(self, spec: DecoderSpec, rngs: nnx.Rngs, lora: LoRAConfig | None = None) -> None:
+        self.spec, self.lora = spec, lora
         self.embed = parameters.create(rngs, parameters.embedding(spec))
         dense = 0 if spec.moe is None else spec.moe.dense_first
         if dense:
-            self.dense_layers = Layers(spec, rngs, range(dense), experts=False)
-        self.layers = Layers(spec, rngs, range(dense, spec.layers), experts=spec.moe is not None)
+            self.dense_layers = Layers(spec, rngs, range(dense), experts=False, lora=lora)
+        self.layers = Layers(spec, rngs, range(dense, spec.layers), experts=spec.moe is not None, lora=lora)
         self.norm = parameters.create(rngs, parameters.norm(spec, spec.width))
         if not spec.tied:
             self.head = parameters.create(rngs, parameters.embedding(spec))
@@ -266,7 +284,7 @@ class Decoder(nnx.Module):
                 past = jax.tree.map(lambda c: jax.lax.dynamic_index_in_dim(c, n, keepdims=False), cache)
             sight = sights[0] if kind is None else jax.tree.map(lambda *s: jax.lax.select_n(kind, *s), *sights)
             flash = flash_of(spec, distinct, kind) if flashing else None
-            return Block(spec, weight, valid_BT, mesh, flash)(x, sight, past, packing, routed)
+            return Block(spec, weight, valid_BT, mesh, flash, self.lora)(x, sight, past, packing, routed)
 
         x_BTD = self.embed[...][token_BT]
         if spec.embed_scale != 1.0:

@@ -15,6 +15,7 @@ from ppojax.mesh import sharding
 from ppojax.models.attention import KeyValue, Packing
 from ppojax.models.critic import Critic
 from ppojax.models.decoder import Decoder, Hidden
+from ppojax.models.lora import LoRAConfig, combine, split
 from ppojax.models.spec import AttentionChoice, DecoderSpec, Remat
 from ppojax.models.value_head import ValueHead
 from ppojax.types import Experience, Layout, Routing, TokenStats
@@ -28,7 +29,7 @@ FLOAT32 = {"value_head", "router", "router_bias", "choice_bias"}  # computed in 
 class ModelDef:
     """All of a model but its numbers: a static argument of jit.
 
-    With `count` over 1 it is that many critics, and every parameter has a leading axis over them.
+    With `count` over 1 it is that many critics, and every parameter that is trained has a leading axis over them.
     """
 
     spec: DecoderSpec
@@ -37,6 +38,7 @@ class ModelDef:
     head: ValueHead | None = None  # what values are read by; None for a policy
     count: int = 1
     attention: AttentionChoice = "auto"
+    lora: LoRAConfig | None = None  # adapters are trained, all else but a value head is frozen
     mesh: jax.sharding.Mesh | None = None  # where it runs; experts need it to send tokens between devices
 
     @property
@@ -47,7 +49,7 @@ class ModelDef:
 
 @lru_cache(maxsize=32)
 def _structure(model: ModelDef) -> tuple[nnx.GraphDef, nnx.State]:
-    return nnx.split(nnx.eval_shape(lambda: _module(model, nnx.Rngs(0))))
+    return nnx.split(nnx.eval_shape(lambda: _module(model, jax.random.key(0))))
 
 
 def graphdef(model: ModelDef) -> nnx.GraphDef:
@@ -55,8 +57,11 @@ def graphdef(model: ModelDef) -> nnx.GraphDef:
     return _structure(model)[0]
 
 
-def _module(model: ModelDef, rngs: nnx.Rngs) -> nnx.Module:
-    return Decoder(model.spec, rngs) if model.head is None else Critic(model.spec, model.head, rngs)
+def _module(model: ModelDef, key: jax.Array) -> nnx.Module:
+    rngs = nnx.Rngs(key, lora=jax.random.fold_in(key, 1))
+    if model.head is None:
+        return Decoder(model.spec, rngs, model.lora)
+    return Critic(model.spec, model.head, rngs, model.lora)
 
 
 def _bind(model: ModelDef, params: Params) -> Any:
@@ -73,17 +78,26 @@ def _bind(model: ModelDef, params: Params) -> Any:
 
 
 def init(model: ModelDef, key: jax.Array) -> Params:
-    """Draw fresh parameters (float32), for each critic its own."""
+    """Draw fresh parameters (float32), for each critic its own; what is frozen they share."""
 
     def one(key: jax.Array) -> Params:
-        return nnx.to_pure_dict(nnx.state(_module(model, nnx.Rngs(key))))
+        return nnx.to_pure_dict(nnx.state(_module(model, key)))
 
-    return one(key) if model.count == 1 else stack([one(k) for k in jax.random.split(key, model.count)])
+    return one(key) if model.count == 1 else join([one(k) for k in jax.random.split(key, model.count)], model.lora)
 
 
-def stack(members: list[Params]) -> Params:
-    """Put the parameters of critics together along a new leading axis."""
-    return jax.tree.map(lambda *leaves: jnp.stack(leaves), *members)
+def join(members: list[Params], lora: LoRAConfig | None = None) -> Params:
+    """Put the parameters of critics together: on a new leading axis, or the first one's where they are frozen."""
+    trained = [split(member, lora)[0] for member in members]
+    return combine(split(members[0], lora)[1], jax.tree.map(lambda *leaves: jnp.stack(leaves), *trained))
+
+
+def with_adapters(model: ModelDef, base: Params, dtype: str, key: jax.Array) -> Params:
+    """Keep the weights of a decoder in the type of frozen ones, and put new adapters beside them."""
+    assert model.lora is not None and model.head is None and model.count == 1
+    # Compiled, so that of the whole model only the adapters are ever drawn.
+    new = jax.jit(lambda k: split(init(model, k), model.lora)[0])(key)
+    return combine(jax.tree.map(lambda p: p.astype(dtype), base), new)
 
 
 def abstract_params(model: ModelDef) -> Params:
@@ -95,10 +109,13 @@ def param_shardings(model: ModelDef, mesh: jax.sharding.Mesh) -> Params:
     """The sharding of each parameter on a mesh, from the logical axes that it declares."""
     state = _structure(model)[1]
     axes = jax.tree.map(lambda v: v.get_metadata("axes"), state, is_leaf=lambda v: isinstance(v, nnx.Variable))
+    trained, frozen = split(nnx.to_pure_dict(axes), model.lora)
     members = () if model.count == 1 else (None,)
-    return jax.tree.map(
-        lambda a: sharding(mesh, members + a), nnx.to_pure_dict(axes), is_leaf=lambda a: isinstance(a, tuple)
-    )
+
+    def place(axes: Params, before: tuple = ()) -> Params:
+        return jax.tree.map(lambda a: sharding(mesh, before + a), axes, is_leaf=lambda a: isinstance(a, tuple))
+
+    return combine(place(frozen), place(trained, members))
 
 
 def head_VD(params: Params) -> jax.Array:
@@ -272,7 +289,8 @@ def predict(model: ModelDef, params: Params, experience: Experience, layout: Lay
     which no estimator reads, get 0.
     """
     if model.count > 1:
-        parts = jax.vmap(lambda p: predict(model.member, p, experience, layout))(params)
+        trained, frozen = split(params, model.lora)
+        parts = jax.vmap(lambda p: predict(model.member, combine(frozen, p), experience, layout))(trained)
         return jax.tree.map(lambda x: x[:, 0], parts)
     assert model.head is not None, "a policy has no values"
     before_BRD, offset_B, _ = read_rows(model, params, experience._replace(routed_BTLK=None), layout)

@@ -9,6 +9,8 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from ppojax.errors import ConfigError
+from ppojax.models.lora import LoRAConfig
 from ppojax.models.spec import DecoderSpec, MLASpec, MoESpec
 
 
@@ -64,6 +66,33 @@ def block(spec: DecoderSpec, experts: bool) -> dict[str, Leaf]:
     if spec.sandwich:
         leaves["post_mlp_norm"] = norm(spec, spec.width)
     return leaves
+
+
+def adapters(spec: DecoderSpec, experts: bool, lora: LoRAConfig) -> dict[str, dict[str, Leaf]]:
+    """The adapters of one block, by matrix.
+
+    `a` has the deviation of PEFT's start, uniform within 1 / sqrt(in); `b` is zero, so that nothing changes at first.
+    """
+    pairs = {}
+    for name, leaf in block(spec, experts).items():
+        projected = len(leaf.shape) == 2 and not name.startswith(("expert_", "router"))
+        if projected and (lora.targets is None or name in lora.targets):
+            (width_in, width_out), (axis_in, axis_out) = leaf.shape, leaf.axes
+            pairs[name] = {
+                "a": Leaf((width_in, lora.rank), (axis_in, None), 1.0 / math.sqrt(3 * width_in)),
+                "b": Leaf((lora.rank, width_out), (None, axis_out)),
+            }
+    return pairs
+
+
+def check_targets(spec: DecoderSpec, lora: LoRAConfig, where: str) -> None:
+    """Raise ConfigError when a target of the adapters is no matrix of this model."""
+    every = lora.model_copy(update={"targets": None})
+    stacks = {False, True} if spec.moe is not None and spec.moe.dense_first else {spec.moe is not None}
+    names = list(dict.fromkeys(name for experts in sorted(stacks) for name in adapters(spec, experts, every)))
+    wrong = [name for name in lora.targets or () if name not in names]
+    if wrong:
+        raise ConfigError(f"{where}.targets: this model has no {', '.join(wrong)}; it has {', '.join(names)}")
 
 
 def _into(spec: DecoderSpec) -> float:

@@ -7,6 +7,7 @@ from typing import Annotated, Literal
 from pydantic import Field
 
 from ppojax.component import Component
+from ppojax.models.lora import LoRAConfig
 from ppojax.models.spec import AttentionChoice, DecoderSpec, MoESpec, Remat, RopeSpec
 
 Dtype = Literal["float32", "bfloat16"]  # float16 needs loss scaling, which is not here yet
@@ -59,6 +60,10 @@ class ModelConfig(Component):
         default="auto",
         description="what attends: xla; cudnn (flash attention, where it can; else XLA, and the log says why); auto is "
         "cudnn on a GPU and xla elsewhere",
+    )
+    base_dtype: Dtype = Field(default="float32", description="type in which frozen weights are kept, with lora")
+    lora: LoRAConfig | None = Field(
+        default=None, description="train adapters of low rank and freeze the rest; null: train everything"
     )
 
 

@@ -12,15 +12,17 @@ from ppojax.config import Config
 from ppojax.envs import Task
 from ppojax.errors import ConfigError, DataError
 from ppojax.mesh import enable_compilation_cache, replicated
-from ppojax.models.forward import ModelDef
-from ppojax.models.pretrained import Loaded, load_critic, load_model
+from ppojax.models.critic_source import CriticForm, load_critic
+from ppojax.models.forward import ModelDef, Params
+from ppojax.models.lora import split
+from ppojax.models.pretrained import Loaded, load_model
 from ppojax.models.tokenizer import Tokenizer
 from ppojax.rollout.collect import Collector
 from ppojax.rollout.sampler import SamplerDef
 from ppojax.rollout.stop import stop_table
 from ppojax.runtime.allocator import keep_freed_memory
 from ppojax.types import TrainState
-from ppojax.update.state import init_state
+from ppojax.update.state import init_state, place_frozen
 
 # Purposes of randomness, and the "step" of what happens outside of steps.
 INIT_ACTOR, INIT_CRITIC, SAMPLE, EVALUATE = range(4)
@@ -44,6 +46,8 @@ class Parts:
     collector: Collector
     train_tasks: Sequence[Task]
     eval_tasks: Sequence[Task]
+    actor_base: Params  # frozen weights beside adapters; nothing where everything is trained
+    critic_base: Params
 
 
 @dataclass
@@ -69,10 +73,12 @@ def build(config: Config) -> tuple[Parts, States]:
     loaded = load_model(config.model, purpose_key(config.seed, OUTSIDE, INIT_ACTOR))
     loaded = replace(loaded, model=replace(loaded.model, mesh=mesh))
     _check_mesh(config, loaded.model)
-    states = States(init_state(loaded.model, loaded.params, config.actor.optimizer.build(), mesh), None)
+    trained, frozen = split(loaded.params, loaded.model.lora)
+    actor_base, critic_base = place_frozen(loaded.model, frozen, mesh), {}
+    states = States(init_state(loaded.model, trained, config.actor.optimizer.build(), mesh), None)
     critic = None
     if config.advantage.needs_values:
-        critic, states.critic = build_critic(config, loaded, mesh)
+        critic, critic_base, states.critic = build_critic(config, loaded, mesh)
     parts = Parts(
         mesh,
         loaded.tokenizer,
@@ -81,6 +87,8 @@ def build(config: Config) -> tuple[Parts, States]:
         make_collector(config, loaded.model, loaded.tokenizer, mesh),
         config.env.tasks("train", config.seed),
         config.env.tasks("eval", config.seed)[: config.eval.prompts],
+        actor_base,
+        critic_base,
     )
     if len(parts.train_tasks) < config.rollout.prompts:
         raise DataError(
@@ -93,14 +101,16 @@ def build(config: Config) -> tuple[Parts, States]:
     return parts, states
 
 
-def build_critic(config: Config, actor: Loaded, mesh: jax.sharding.Mesh) -> tuple[ModelDef, TrainState]:
-    """Make the critics and start their optimizer."""
+def build_critic(config: Config, actor: Loaded, mesh: jax.sharding.Mesh) -> tuple[ModelDef, Params, TrainState]:
+    """Make the critics, place what of them is frozen, and start their optimizer."""
     settings = config.critic
     key = purpose_key(config.seed, OUTSIDE, INIT_CRITIC)
-    critic, params = load_critic(settings.model, actor, key, settings.head, settings.count, settings.noise)
+    form = CriticForm(settings.head, settings.count, settings.noise, settings.lora, config.model.base_dtype)
+    critic, params = load_critic(settings.model, actor, key, form)
     critic = replace(critic, mesh=mesh)
     _check_mesh(config, critic)
-    return critic, init_state(critic, params, settings.build_optimizer(), mesh)
+    trained, frozen = split(params, critic.lora)
+    return critic, place_frozen(critic, frozen, mesh), init_state(critic, trained, settings.build_optimizer(), mesh)
 
 
 def make_collector(config: Config, model: ModelDef, tokenizer: Tokenizer, mesh: jax.sharding.Mesh) -> Collector:

@@ -30,7 +30,7 @@ def export_trainer(
         source = find_source(path)
         origin, family = Origin(trainer.parts.tokenizer, source.folder, source.config), source.family
     family = family or family_for(spec)
-    write_hf(out, family, spec, trainer.states.actor.params, origin, dtype=dtype, shard_bytes=shard_bytes)
+    write_hf(out, family, spec, trainer.merged_policy(), origin, dtype=dtype, shard_bytes=shard_bytes)
 
 
 def export_run(

@@ -30,7 +30,7 @@ def evaluate_run(
         DataError: there is no such checkpoint, or it is damaged.
     """
     trainer = restored(config, run, checkpoint)
-    collector, params = trainer.parts.collector, trainer.states.actor.params
+    collector, params = trainer.parts.collector, trainer.policy()
     key = purpose_key(seed, OUTSIDE, EVALUATE)
     metrics, _ = evaluate_greedy(collector, params, tasks, config.rollout.rows, key)
     rows = _rows(config, samples)

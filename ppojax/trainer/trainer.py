@@ -6,6 +6,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import jax
@@ -20,6 +21,7 @@ from ppojax.experience.score import Scorers, score
 from ppojax.experience.summary import advantage_metrics, rollout_metrics
 from ppojax.models.flops import peak_flops, update_flops
 from ppojax.models.forward import Params
+from ppojax.models.lora import combine, fingerprint, merge
 from ppojax.models.pretrained import Loaded
 from ppojax.models.settings import CutCritic
 from ppojax.rollout.tasks import task_stream
@@ -74,8 +76,8 @@ class Trainer:
         # What was taken from the actor is taken again, from the policy that training starts with.
         self.reference = self._copy_of_actor()
         if self.parts.critic is not None and isinstance(self.config.critic.model, CutCritic):
-            warm = Loaded(self.parts.actor, self.states.actor.params, self.parts.tokenizer)
-            _, self.states.critic = build_critic(self.config, warm, self.parts.mesh)
+            warm = Loaded(self.parts.actor, self.policy(), self.parts.tokenizer)
+            _, _, self.states.critic = build_critic(self.config, warm, self.parts.mesh)
         return losses
 
     def step(self) -> StepOut:
@@ -90,7 +92,7 @@ class Trainer:
         key = purpose_key(config.seed, self.number, SAMPLE)
 
         with self._timed("gen"):
-            rollout = parts.collector(states.actor.params, next(self.stream), key)
+            rollout = parts.collector(self.policy(), next(self.stream), key)
         group = config.rollout.group_size if config.update.shared_prefix else 1
         layout = layout_of(rollout.rows, group=group, prompt_bucket=config.rollout.prompt_bucket)
         experience = pack(
@@ -126,6 +128,15 @@ class Trainer:
         metrics |= self._utilisation(experience, layout)
         return StepOut(self.number, metrics, rollout, batch)
 
+    def policy(self) -> Params:
+        """The actor's parameters, all of them."""
+        return combine(self.parts.actor_base, self.states.actor.params)
+
+    def merged_policy(self) -> Params:
+        """The actor's parameters with its adapters folded in, float32."""
+        lora = self.parts.actor.lora
+        return self.policy() if lora is None else merge(self.policy(), lora, "float32")
+
     def state(self) -> dict[str, Any]:
         """The arrays that a checkpoint holds."""
         return {"actor": self.states.actor, "critic": self.states.critic, "reference": self.reference}
@@ -135,18 +146,24 @@ class Trainer:
         return {"step": self.number, "tasks": self.stream.get_state(), **self._identity()}
 
     def _identity(self) -> dict[str, Any]:
-        return {"seed": self.config.seed, "tokenizer": self.parts.tokenizer.fingerprint()}
+        return {"seed": self.config.seed, "tokenizer": self.parts.tokenizer.fingerprint(), **self._bases}
+
+    @cached_property
+    def _bases(self) -> dict[str, str]:
+        """What says which frozen weights the adapters belong to, for they are in no checkpoint."""
+        bases = {"model": self.parts.actor_base, "critic.model": self.parts.critic_base}
+        return {f"frozen weights of {name}": fingerprint(base) for name, base in bases.items() if base}
 
     def restore(self, state: dict[str, Any], position: dict[str, Any]) -> None:
         """Go back to where `state()` and `position()` were taken.
 
         Raises:
-            DataError: they were taken with another seed or another tokenizer.
+            DataError: they were taken with another seed, another tokenizer or other frozen weights.
         """
         for name, here in self._identity().items():
-            if position[name] != here:
+            if position.get(name) != here:
                 raise DataError(
-                    f"resume: the checkpoint was written with {name} {position[name]}, this run has {here}: "
+                    f"resume: the checkpoint was written with {name} {position.get(name)}, this run has {here}: "
                     f"use the same {name}, or start another run.name"
                 )
         self.states = States(state["actor"], state["critic"])
@@ -160,12 +177,11 @@ class Trainer:
         return jax.tree.map(lambda p: p.copy(), self.states.actor.params)
 
     def _scorers(self) -> Scorers:
-        params = self.states.actor.params
-        critic = self.states.critic
+        base, critic = self.parts.actor_base, self.states.critic
         return Scorers(
-            old=params if "logp_old" in self.config.loss.needs else None,
-            reference=self.reference,
-            critic=None if critic is None else critic.params,
+            old=self.policy() if "logp_old" in self.config.loss.needs else None,
+            reference=None if self.reference is None else combine(base, self.reference),
+            critic=None if critic is None else combine(self.parts.critic_base, critic.params),
         )
 
     def _update_critic(self, batch: Batch, layout: Layout) -> dict[str, float]:
@@ -184,6 +200,7 @@ class Trainer:
                     layout=layout,
                     microbatch_rows=config.update.microbatch_rows,
                     mesh=parts.mesh,
+                    frozen=parts.critic_base,
                 )
                 done.append(metrics)
         assert self.states.critic is not None
@@ -207,6 +224,7 @@ class Trainer:
                     microbatch_rows=config.update.microbatch_rows,
                     mesh=parts.mesh,
                     router=config.actor.router,
+                    frozen=parts.actor_base,
                 )
                 done.append(metrics)
         self._check_finite("actor", skipped_in_a_row(self.states.actor))

@@ -58,6 +58,7 @@ def warm_start(
             microbatch_rows=settings.rows,
             mesh=parts.mesh,
             router=config.actor.router,
+            frozen=parts.actor_base,
         )
         losses.append(metrics["actor/loss"])
     if skipped_in_a_row(state):

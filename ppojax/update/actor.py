@@ -11,6 +11,7 @@ from ppojax.losses import Loss
 from ppojax.losses.router import RouterLoss
 from ppojax.masking import finish, masked_max, masked_mean
 from ppojax.models.forward import ModelDef, Params, score_and_route
+from ppojax.models.lora import combine
 from ppojax.types import Batch, Layout, LossOut, Mean, Metrics, TokenStats, TrainState
 from ppojax.update.accumulate import gradients
 from ppojax.update.settings import OptimizerConfig
@@ -47,14 +48,17 @@ def actor_step(
     microbatch_rows: int,
     mesh: jax.sharding.Mesh,
     router: RouterLoss = NO_ROUTER_LOSS,
+    frozen: Params | None = None,
 ) -> tuple[TrainState, dict[str, jax.Array]]:
     """Take one optimizer step on a minibatch: one gradient of `loss`, clipped, applied to the float32 masters.
 
-    `router` adds its losses where the model has experts.
+    `router` adds its losses where the model has experts. `frozen` are the weights beside adapters; there are none where
+    everything is trained.
     """
 
     def objective(params: Params, rows: Batch) -> LossOut:
-        stats, routing = score_and_route(model, params, rows.experience, layout, temperature=temperature, entropy=True)
+        whole = combine(frozen or {}, params)
+        stats, routing = score_and_route(model, whole, rows.experience, layout, temperature=temperature, entropy=True)
         out = loss(stats, rows)
         metrics = {**out.metrics, **mismatch(stats, rows)}
         if routing is None:

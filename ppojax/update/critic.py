@@ -9,6 +9,7 @@ import jax.numpy as jnp
 
 from ppojax.masking import finish
 from ppojax.models.forward import ModelDef, Params, predict
+from ppojax.models.lora import combine
 from ppojax.models.value_head import HLGaussHead
 from ppojax.types import Batch, Layout, LossOut, Mean, TrainState
 from ppojax.update.accumulate import gradients
@@ -26,14 +27,22 @@ def critic_step(
     layout: Layout,
     microbatch_rows: int,
     mesh: jax.sharding.Mesh,
+    frozen: Params | None = None,
 ) -> tuple[TrainState, dict[str, jax.Array]]:
     """Take one optimizer step of the value regression on a minibatch.
 
     Critics of an ensemble are so many lone critics: each has its own rows, gradient, clipping and optimizer state, and
-    may be refused alone. Metrics are means over them.
+    may be refused alone. Metrics are means over them. `frozen` are the weights beside adapters, the same for all.
     """
     transform = config.build_optimizer()
-    one = partial(_step, model=model.member, config=config, layout=layout, microbatch_rows=microbatch_rows)
+    one = partial(
+        _step,
+        model=model.member,
+        config=config,
+        layout=layout,
+        microbatch_rows=microbatch_rows,
+        frozen={} if frozen is None else frozen,
+    )
     if model.count == 1:
         state, metrics = one(state, batch)
     else:
@@ -43,12 +52,19 @@ def critic_step(
 
 
 def _step(
-    state: TrainState, batch: Batch, *, model: ModelDef, config: CriticConfig, layout: Layout, microbatch_rows: int
+    state: TrainState,
+    batch: Batch,
+    *,
+    model: ModelDef,
+    config: CriticConfig,
+    layout: Layout,
+    microbatch_rows: int,
+    frozen: Params,
 ) -> tuple[TrainState, dict[str, jax.Array]]:
     """The step of one critic."""
 
     def objective(params: Params, rows: Batch) -> LossOut:
-        got = predict(model, params, rows.experience, layout)
+        got = predict(model, combine(frozen, params), rows.experience, layout)
         if isinstance(model.head, HLGaussHead):
             assert rows.return_MBT is not None, "no critic targets: the advantage estimator returned none"
             return config.loss(got.value_MBT, rows, model.head.cross_entropy(got.output_MBTK, rows.return_MBT))

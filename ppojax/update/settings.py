@@ -10,6 +10,7 @@ from ppojax.component import Component
 from ppojax.lazy import jax, jnp, optax
 from ppojax.losses import ValueLoss
 from ppojax.losses.router import RouterLoss
+from ppojax.models.lora import LoRAConfig
 from ppojax.models.settings import CriticModelConfig, CutCritic
 from ppojax.models.value_head import LinearHead, ValueHead
 
@@ -81,6 +82,10 @@ class CriticConfig(Component):
     )
     warmup_steps: int = Field(default=0, ge=0, description="training steps in which only the critic learns")
     count: int = Field(default=1, ge=1, description="critics in the ensemble; advantages are made of their mean")
+    lora: LoRAConfig | None = Field(
+        default=None,
+        description="train adapters of low rank and the head, freeze the rest; null: train everything",
+    )
     split: Split = Field(
         default="none",
         description="what each of several critics learns from: none: all rows; prompts: every count-th prompt; "

@@ -11,12 +11,13 @@ import optax
 
 from ppojax.mesh import replicated
 from ppojax.models.forward import ModelDef, Params, param_shardings
+from ppojax.models.lora import split
 from ppojax.types import Mean, Metrics, TrainState
 
 
 def state_shardings(model: ModelDef, optimizer: optax.GradientTransformation, mesh: jax.sharding.Mesh) -> Any:
     """Shardings of a train state, in its shape: moments lie as their parameters do, counters everywhere."""
-    params = param_shardings(model, mesh)
+    params, _ = split(param_shardings(model, mesh), model.lora)
     everywhere = replicated(mesh)
     abstract = jax.eval_shape(optimizer.init, jax.tree.map(lambda _: jnp.float32(0), params))
     opt_state = optax.tree_map_params(
@@ -28,7 +29,7 @@ def state_shardings(model: ModelDef, optimizer: optax.GradientTransformation, me
 def init_state(
     model: ModelDef, params: Params, optimizer: optax.GradientTransformation, mesh: jax.sharding.Mesh
 ) -> TrainState:
-    """Place float32 parameters on the mesh and start the optimizer beside them.
+    """Place the parameters that are trained, float32, on the mesh and start the optimizer beside them.
 
     The state of an ensemble is the states of its critics, on a leading axis of every array.
     """
@@ -39,6 +40,11 @@ def init_state(
         return TrainState(p, optimizer.init(p), jnp.int32(0), jnp.zeros(2, jnp.int32))
 
     return jax.jit(start if model.count == 1 else jax.vmap(start), out_shardings=shardings)(placed)
+
+
+def place_frozen(model: ModelDef, frozen: Params, mesh: jax.sharding.Mesh) -> Params:
+    """Place the weights beside adapters on the mesh, in their own type."""
+    return jax.device_put(frozen, split(param_shardings(model, mesh), model.lora)[1] if frozen else {})
 
 
 def apply_gradients(

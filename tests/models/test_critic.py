@@ -9,8 +9,9 @@ import pytest
 from helpers import ACTOR, SPEC, params, random_experience
 from ppojax.errors import DataError
 from ppojax.models.critic import cut_spec, cut_trunk
-from ppojax.models.forward import ModelDef, init, stack, values
-from ppojax.models.pretrained import Loaded, load_critic
+from ppojax.models.critic_source import CriticForm, load_critic
+from ppojax.models.forward import ModelDef, init, join, values
+from ppojax.models.pretrained import Loaded
 from ppojax.models.settings import CutCritic, FreshCritic, FreshSpec
 from ppojax.models.spec import DecoderSpec, MoESpec
 from ppojax.models.tokenizer import char_tokenizer
@@ -28,7 +29,7 @@ def actor() -> Loaded:
 @pytest.mark.parametrize("count", [1, 2])
 def test_every_state_has_the_same_value_at_the_start(head: ValueHead, count: int) -> None:
     experience, layout = random_experience(share=True)
-    model, drawn = load_critic(CutCritic(layers=1), actor(), jax.random.key(0), head, count, noise=0.0)
+    model, drawn = load_critic(CutCritic(layers=1), actor(), jax.random.key(0), CriticForm(head, count))
     got = np.asarray(values(model, drawn, experience, layout))
     assert got.shape == (count, *experience.token_BT.shape) and got.dtype == np.float32
     inside = np.asarray(experience.action_BT)
@@ -38,9 +39,9 @@ def test_every_state_has_the_same_value_at_the_start(head: ValueHead, count: int
 
 def test_members_differ_by_the_noise_and_one_has_none() -> None:
     experience, _ = random_experience()
-    single, plain = load_critic(CutCritic(layers=1), actor(), jax.random.key(0), count=1, noise=0.1)
+    single, plain = load_critic(CutCritic(layers=1), actor(), jax.random.key(0), CriticForm(noise=0.1))
     assert not values(single, plain, experience).any()
-    model, drawn = load_critic(CutCritic(layers=1), actor(), jax.random.key(0), count=4, noise=0.1)
+    model, drawn = load_critic(CutCritic(layers=1), actor(), jax.random.key(0), CriticForm(count=4, noise=0.1))
     got = np.asarray(values(model, drawn, experience))[:, np.asarray(experience.action_BT)]
     # Final hidden states have unit scale: each value is a sum of 32 terms of deviation .1 / sqrt(32).
     assert 0.03 < got.std(0).mean() < 0.2
@@ -48,7 +49,7 @@ def test_members_differ_by_the_noise_and_one_has_none() -> None:
 
 
 def test_fresh_members_have_their_own_trunks() -> None:
-    model, drawn = load_critic(FreshCritic(shape=SHAPE), actor(), jax.random.key(0), count=2)
+    model, drawn = load_critic(FreshCritic(shape=SHAPE), actor(), jax.random.key(0), CriticForm(count=2))
     assert model.count == 2 and drawn["trunk"]["embed"].shape == (2, SPEC.vocab, 16)
     assert not np.array_equal(drawn["trunk"]["embed"][0], drawn["trunk"]["embed"][1])
     one, alone = load_critic(FreshCritic(shape=SHAPE), actor(), jax.random.key(0))
@@ -59,13 +60,13 @@ def test_the_values_of_an_ensemble_are_those_of_its_members() -> None:
     experience, layout = random_experience(share=True)
     model = ModelDef(SPEC.model_copy(update={"layers": 1}), head=HLGaussHead(bins=5), count=3)
     members = [params(model.member, seed) for seed in range(3)]
-    together = values(model, stack(members), experience, layout)
+    together = values(model, join(members), experience, layout)
     for m, alone in enumerate(members):
         # The same float32 sums, batched over members.
         want = values(model.member, alone, experience, layout)[0]
         np.testing.assert_allclose(together[m], want, rtol=1e-5, atol=1e-6)
     order = np.array([2, 0, 1])
-    permuted = values(model, jax.tree.map(lambda x: x[order], stack(members)), experience, layout)
+    permuted = values(model, jax.tree.map(lambda x: x[order], join(members)), experience, layout)
     np.testing.assert_array_equal(permuted, together[order])
 
 

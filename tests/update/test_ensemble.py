@@ -15,7 +15,7 @@ from helpers import CRITIC, params
 from ppojax.experience.summary import advantage_metrics
 from ppojax.losses import ValueLoss
 from ppojax.mesh import MeshConfig
-from ppojax.models.forward import ModelDef, stack
+from ppojax.models.forward import ModelDef, join
 from ppojax.models.value_head import ArctanHead, HLGaussHead, LinearHead, ValueHead
 from ppojax.types import Batch, Layout, TrainState
 from ppojax.update.critic import critic_step
@@ -89,7 +89,7 @@ def test_a_member_steps_as_it_would_alone(head: ValueHead, split: Any, share: bo
     batch = for_members(batch)
     model = replace(CRITIC, head=head, count=COUNT)
     starts = [params(model.member, seed) for seed in range(COUNT)]
-    state, metrics = step(model, stack(starts), batch, config_of(head, split=split, count=COUNT), layout)
+    state, metrics = step(model, join(starts), batch, config_of(head, split=split, count=COUNT), layout)
     losses = []
     for m in range(COUNT):
         part = member(batch, m, OWNERS[split](batch.experience, m))
@@ -111,7 +111,7 @@ def test_a_member_without_rows_or_with_bad_ones_does_not_move_and_stops_no_other
         return_MBT=batch.return_MBT.at[1].set(jnp.nan),  # type: ignore[union-attr]
     )
     model = replace(CRITIC, count=COUNT)
-    starts = stack([params(CRITIC, seed) for seed in range(COUNT)])
+    starts = join([params(CRITIC, seed) for seed in range(COUNT)])
     state, metrics = step(model, starts, batch, config_of(LinearHead(), split="prompts", count=COUNT), layout)
     for m, moves in enumerate((True, False, False)):
         same = [np.array_equal(a[m], b[m]) for a, b in zip(*map(jax.tree.leaves, (state.params, starts)), strict=True)]
@@ -125,7 +125,7 @@ def test_a_member_without_rows_or_with_bad_ones_does_not_move_and_stops_no_other
 )
 def test_meshes_change_nothing(mesh: MeshConfig) -> None:
     model = replace(CRITIC, head=ArctanHead(), count=2)
-    starts = stack([params(model.member, seed) for seed in range(2)])
+    starts = join([params(model.member, seed) for seed in range(2)])
     config = config_of(ArctanHead(), split="responses", count=2)
     want, want_metrics = step(model, starts, for_members(minibatch()[0], 2), config, Layout())
     got, metrics = step(model, starts, for_members(minibatch(mesh)[0], 2), config, Layout(), mesh)
