@@ -21,10 +21,10 @@ def grouped(x_MD: jax.Array, w_EDF: jax.Array, size_E: jax.Array, method: Method
     blocks  a loop over blocks of 32 rows of one group: at most 31 rows a group are computed in vain, and a matrix
             is read again for each block.
     """
-    if method == "ragged":
-        return jax.lax.ragged_dot(x_MD, w_EDF, size_E)
+    product = jax.lax.ragged_dot if method == "ragged" else _by_blocks
     inside_M = jnp.arange(x_MD.shape[0], dtype=jnp.int32) < jnp.sum(size_E)
-    return jnp.where(inside_M[:, None], _by_blocks(x_MD, w_EDF, size_E), jnp.zeros((), x_MD.dtype))
+    # What either leaves behind the last group is not said.
+    return jnp.where(inside_M[:, None], product(x_MD, w_EDF, size_E), jnp.zeros((), x_MD.dtype))
 
 
 def default_method(mesh: jax.sharding.Mesh | None = None) -> Method:
