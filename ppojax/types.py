@@ -116,6 +116,10 @@ class TokenStats(NamedTuple):
 
     logp: jax.Array  # log-probability of the token that was chosen
     entropy: jax.Array | None = None  # nats, over the whole vocabulary
+    kl: jax.Array | None = None  # KL(policy || reference), nats, over the whole vocabulary
+    reverse_kl: jax.Array | None = None  # KL(reference || policy)
+    tv: jax.Array | None = None  # total variation between them, 0 to 1
+    topk_logp: jax.Array | None = None  # log-probabilities of K named tokens, on a last axis K; 0 where none is named
 
 
 class Routing(NamedTuple):

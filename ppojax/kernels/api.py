@@ -6,42 +6,106 @@ from typing import Literal
 
 import jax
 
-from ppojax.kernels import reference, tiled
-from ppojax.lazy import Float, Int
+from ppojax.kernels import reference as whole
+from ppojax.kernels import sharded, tiled
+from ppojax.kernels.rows import Ask
 from ppojax.types import TokenStats
 
 Implementation = Literal["reference", "tiled"]
 
 
 def token_stats(
-    hidden_ND: Float[jax.Array, "N D"],
-    head_VD: Float[jax.Array, "V D"],
-    target_N: Int[jax.Array, " N"],
+    hidden_ND: jax.Array,
+    head_VD: jax.Array,
+    target_N: jax.Array,
     *,
-    temperature: float = 1.0,
+    reference: tuple[jax.Array, jax.Array] | None = None,
+    topk_id_NK: jax.Array | None = None,
     entropy: bool = False,
+    kl: bool = False,
+    reverse_kl: bool = False,
+    tv: bool = False,
+    temperature: float = 1.0,
     softcap: float | None = None,
     implementation: Implementation | None = None,
+    mesh: jax.sharding.Mesh | None = None,
 ) -> TokenStats:
-    """Compute the log-probability of each target, and optionally the entropy, of the model's softmax.
+    """Compute statistics of the model's softmax p, over the whole vocabulary, without holding [N, V].
 
-        z = cap(hidden head^T) / temperature     logp_n = z[n, target_n] - lse(z[n])
-        entropy_n = lse(z[n]) - sum_v softmax(z[n])_v z[n, v]                                  (nats)
+        z = cap(hidden head^T) / temperature         logp_n = log p[n, target_n] = z[n, target_n] - lse(z[n])
+        entropy = -sum_v p_v log p_v                 topk_logp_k = log p[n, id_k]               (nats)
+        kl = KL(p || q) = sum_v p_v log(p_v / q_v)   reverse_kl = KL(q || p)
+        tv = 1/2 sum_v |p_v - q_v|
 
     where cap(x) = softcap tanh(x / softcap) (Gemma 2, arXiv 2408.00118), or x where `softcap` is None: a model's logits
-    are capped first, as in generation, and then sampled from at a temperature.
+    are capped first, as in generation, and then sampled from at a temperature. q is the softmax of `reference`: the
+    hidden states and the head of the policy that sampled, or of a frozen one, of any width, at the same temperature and
+    cap. Only what is asked for is computed; `topk_logp` comes with `topk_id_NK`, in which -1 names no token.
 
-    `hidden_ND` and `head_VD` may be float32 or bfloat16; products are computed in float32 where the two differ. Logits
-    accumulate in float32 and both statistics are float32. Differentiable in `hidden_ND` and `head_VD`, whose gradients
-    come in their own dtypes; nothing is stop-gradiented. `temperature` and `softcap` are Python numbers. The default
-    implementation, `tiled`, holds the logits of a few hundred rows at a time, or of all rows where they are few;
-    `reference` holds them all, and is what the others are tested against.
+    Types: `hidden_ND` and `head_VD` may be float32 or bfloat16; products are computed in float32 where the two differ.
+    Logits accumulate in float32 and every statistic is float32. Differentiable in `hidden_ND` and `head_VD`, whose
+    gradients come in their own dtypes, by one backward sweep for all statistics; the reference is a constant. At
+    p_v = q_v, where |p - q| has no slope, it counts as 0. A target outside the vocabulary has logp = -lse and no
+    gradient of its own.
 
-    Raises ValueError when `temperature` or `softcap` is not positive.
+    Implementations: `tiled`, the default, holds the logits of a few hundred rows at a time, or of all rows where they
+    are few; `reference` holds them all, and is what the others are tested against. With a `mesh` of several devices the
+    vocabulary is split over its `tensor` axis and the rows over the others; only `tiled` does that.
+
+    Raises ValueError when `temperature` or `softcap` is not positive, when shapes disagree, when a divergence is asked
+    for without a reference, and when the mesh does not divide the vocabulary.
     """
+    _check(hidden_ND, head_VD, target_N, reference, topk_id_NK, temperature, softcap)
+    ask = Ask(entropy, kl, reverse_kl, tv)
+    if ask.reference and reference is None:
+        raise ValueError("token_stats: kl, reverse_kl and tv compare with a reference: give reference=(hidden, head)")
+    if not ask.reference:
+        reference = None
+    if implementation == "reference":
+        return whole.token_stats(
+            hidden_ND,
+            head_VD,
+            target_N,
+            reference,
+            topk_id_NK,
+            temperature=temperature,
+            softcap=softcap,
+            **ask._asdict(),
+        )
+    inputs = tiled.Inputs(hidden_ND, head_VD, target_N, *(reference or (None, None)), topk_id_NK)
+    if mesh is None or mesh.size == 1:
+        return tiled.token_stats(inputs, temperature=temperature, softcap=softcap, ask=ask)
+    parts = mesh.shape[sharded.VOCABULARY]
+    if head_VD.shape[0] % parts:
+        raise ValueError(f"token_stats: mesh.{sharded.VOCABULARY} = {parts} does not divide V = {head_VD.shape[0]}")
+    return sharded.token_stats(inputs, temperature=temperature, softcap=softcap, ask=ask, mesh=mesh)
+
+
+def _check(
+    hidden_ND: jax.Array,
+    head_VD: jax.Array,
+    target_N: jax.Array,
+    reference: tuple[jax.Array, jax.Array] | None,
+    topk_id_NK: jax.Array | None,
+    temperature: float,
+    softcap: float | None,
+) -> None:
     if not temperature > 0:
         raise ValueError(f"token_stats: temperature is {temperature}, expected a number above 0")
     if softcap is not None and not softcap > 0:
         raise ValueError(f"token_stats: softcap is {softcap}, expected a number above 0, or None")
-    run = {"reference": reference.token_stats, "tiled": tiled.token_stats}[implementation or "tiled"]
-    return run(hidden_ND, head_VD, target_N, temperature=temperature, entropy=entropy, softcap=softcap)
+    (N, D), V = hidden_ND.shape, head_VD.shape[0]
+    if head_VD.shape[1] != D or target_N.shape != (N,):
+        raise ValueError(
+            f"token_stats: hidden {hidden_ND.shape}, head {head_VD.shape} and target {target_N.shape} disagree: "
+            f"expected [N, D], [V, D] and [N]"
+        )
+    if reference is not None:
+        hidden, head = reference
+        if hidden.shape[0] != N or head.shape[0] != V or hidden.shape[1] != head.shape[1]:
+            raise ValueError(
+                f"token_stats: reference {hidden.shape}, {head.shape} does not fit N = {N}, V = {V}: expected [N, R] "
+                f"and [V, R]"
+            )
+    if topk_id_NK is not None and (topk_id_NK.ndim != 2 or topk_id_NK.shape[0] != N):
+        raise ValueError(f"token_stats: topk_id {topk_id_NK.shape} does not fit N = {N}: expected [N, K]")

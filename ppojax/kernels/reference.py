@@ -5,7 +5,7 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
-from ppojax.lazy import Float, Int
+from ppojax.lazy import Float
 from ppojax.types import TokenStats
 
 
@@ -33,17 +33,36 @@ def logits(
 
 
 def token_stats(
-    hidden_ND: Float[jax.Array, "N D"],
-    head_VD: Float[jax.Array, "V D"],
-    target_N: Int[jax.Array, " N"],
+    hidden_ND: jax.Array,
+    head_VD: jax.Array,
+    target_N: jax.Array,
+    reference: tuple[jax.Array, jax.Array] | None = None,
+    id_NK: jax.Array | None = None,
     *,
     temperature: float,
-    entropy: bool,
     softcap: float | None = None,
+    entropy: bool = False,
+    kl: bool = False,
+    reverse_kl: bool = False,
+    tv: bool = False,
 ) -> TokenStats:
     """Compute `ppojax.kernels.token_stats` in the plainest way; memory is several times [N, V] float32."""
     logp_NV = jax.nn.log_softmax(logits(hidden_ND, head_VD, temperature, softcap), axis=-1)
-    logp_N = jnp.take_along_axis(logp_NV, target_N[:, None], axis=-1)[:, 0]
-    if not entropy:
-        return TokenStats(logp_N)
-    return TokenStats(logp_N, -jnp.sum(jnp.exp(logp_NV) * logp_NV, axis=-1))
+    p_NV = jnp.exp(logp_NV)
+    stats = TokenStats(jnp.take_along_axis(logp_NV, target_N[:, None], axis=-1)[:, 0])
+    if entropy:
+        stats = stats._replace(entropy=-jnp.sum(p_NV * logp_NV, axis=-1))
+    if id_NK is not None:
+        found_NK = jnp.take_along_axis(logp_NV, jnp.maximum(id_NK, 0), axis=-1)
+        stats = stats._replace(topk_logp=jnp.where(id_NK >= 0, found_NK, 0.0))
+    if reference is not None:
+        other_ND, other_head_VD = jax.lax.stop_gradient(reference)
+        log_q_NV = jax.nn.log_softmax(logits(other_ND, other_head_VD, temperature, softcap), axis=-1)
+        q_NV = jnp.exp(log_q_NV)
+        if kl:
+            stats = stats._replace(kl=jnp.sum(p_NV * (logp_NV - log_q_NV), axis=-1))
+        if reverse_kl:
+            stats = stats._replace(reverse_kl=jnp.sum(q_NV * (log_q_NV - logp_NV), axis=-1))
+        if tv:
+            stats = stats._replace(tv=0.5 * jnp.sum(jnp.abs(p_NV - q_NV), axis=-1))
+    return stats

@@ -1,13 +1,9 @@
 """Token statistics over tiles of rows: the logits of one tile live at a time, in the forward and in the backward.
 
-With g = d loss / d logp and h = d loss / d entropy,
-
-    d loss / d z[n, v] = g_n (1[v = target_n] - p[n, v]) - h_n p[n, v] (log p[n, v] + entropy_n),
-
-so one backward sweep serves both statistics, and beyond its inputs it needs the log-sum-exp and the entropy of each
-row, N numbers each. Capped logits, z = cap tanh(x / cap) / temperature, need nothing more: dz/dx is
-(1 - (z temperature / cap)^2) / temperature. A tile's logits are recomputed there: a fourth product beside the three of
-the naive way. Only when all the logits fit in `KEEP_BYTES` is there a single tile, and it is kept instead.
+The mathematics of a tile is in `ppojax.kernels.rows`. A tile's logits are recomputed in the backward: a fourth product
+beside the three of the naive way (a reference's too: six instead of four, none of which is for its gradient). Only
+when all the logits fit in `KEEP_BYTES` is there a single tile, and it is kept instead. Capped logits,
+z = cap tanh(x / cap) / temperature, need nothing more: dz/dx is (1 - (z temperature / cap)^2) / temperature.
 
 Peak temporary memory, besides the head's gradient in float32 (twice): a few tiles, or a few times the kept logits.
 """
@@ -15,12 +11,13 @@ Peak temporary memory, besides the head's gradient in float32 (twice): a few til
 from __future__ import annotations
 
 from functools import partial
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from ppojax.kernels.reference import logits, product_dtype
-from ppojax.lazy import Float, Int
+from ppojax.kernels.rows import WHOLE, Ask, Residuals, Split, gradient, statistics
 from ppojax.types import TokenStats
 
 # Bytes of one tile of float32 logits. Each tile adds a [V, D] product to the head's gradient, so small tiles are bound
@@ -31,6 +28,35 @@ TILE_BYTES = 128 * 2**20
 # quarter less arithmetic.
 KEEP_BYTES = 256 * 2**20
 _ROW_MULTIPLE = 8
+
+
+class Inputs(NamedTuple):
+    """Arrays that statistics are taken of, or their specs; the last three are None where they are not asked for."""
+
+    hidden_ND: Any
+    head_VD: Any
+    target_N: Any
+    reference_hidden_ND: Any = None
+    reference_head_VD: Any = None
+    id_NK: Any = None
+
+
+class Plan(NamedTuple):
+    """All that is static."""
+
+    temperature: float
+    softcap: float | None
+    ask: Ask
+    tiles: int
+    split: Split = WHOLE
+
+
+class Saved(NamedTuple):
+    """What the forward leaves for the backward, beside its inputs."""
+
+    residuals: Residuals
+    z_NV: Any  # the logits, where all of them are kept
+    y_NV: Any
 
 
 def tile_rows(rows: int, vocabulary: int) -> int:
@@ -44,22 +70,24 @@ def tile_rows(rows: int, vocabulary: int) -> int:
 
 
 def token_stats(
-    hidden_ND: Float[jax.Array, "N D"],
-    head_VD: Float[jax.Array, "V D"],
-    target_N: Int[jax.Array, " N"],
-    *,
-    temperature: float,
-    entropy: bool,
-    softcap: float | None = None,
-    rows_per_tile: int | None = None,
+    inputs: Inputs, *, temperature: float, softcap: float | None, ask: Ask, rows_per_tile: int | None = None
 ) -> TokenStats:
     """Compute `ppojax.kernels.token_stats` tile by tile; `rows_per_tile` overrides the byte budget."""
-    rows = hidden_ND.shape[0]
-    if rows == 0:
-        empty_N = jnp.zeros(0, jnp.float32)
-        return TokenStats(empty_N, empty_N if entropy else None)
-    per_tile = tile_rows(rows, head_VD.shape[0]) if rows_per_tile is None else rows_per_tile
-    return _token_stats(temperature, entropy, softcap, -(-rows // per_tile), hidden_ND, head_VD, target_N)
+    return _token_stats(plan(inputs, temperature, softcap, ask, rows_per_tile), inputs)
+
+
+def plan(
+    inputs: Inputs,
+    temperature: float,
+    softcap: float | None,
+    ask: Ask,
+    rows_per_tile: int | None = None,
+    split: Split = WHOLE,
+) -> Plan:
+    """Choose the tiles; a reference's logits share the budget."""
+    rows, vocabulary = inputs.hidden_ND.shape[0], inputs.head_VD.shape[0]
+    per_tile = tile_rows(rows, vocabulary * (2 if ask.reference else 1)) if rows_per_tile is None else rows_per_tile
+    return Plan(temperature, softcap, ask, max(1, -(-rows // max(per_tile, 1))), split)
 
 
 def _to_tiles(x: jax.Array, tiles: int) -> jax.Array:
@@ -72,57 +100,78 @@ def _from_tiles(x: jax.Array, rows: int) -> jax.Array:
     return jnp.swapaxes(x, 0, 1).reshape(-1, *x.shape[2:])[:rows]
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2, 3))
-def _token_stats(temperature, entropy, softcap, tiles, hidden_ND, head_VD, target_N):
-    return _forward(temperature, entropy, softcap, tiles, hidden_ND, head_VD, target_N)[0]
+def _reference_logits(hidden_nD: jax.Array | None, inputs: Inputs, plan: Plan) -> jax.Array | None:
+    if hidden_nD is None or inputs.reference_head_VD is None:
+        return None
+    return logits(hidden_nD, inputs.reference_head_VD, plan.temperature, plan.softcap)
 
 
-def _forward(temperature, entropy, softcap, tiles, hidden_ND, head_VD, target_N):
-    rows = hidden_ND.shape[0]
-
-    def tile(carry, inputs):
-        hidden_nD, target_n = inputs
-        z_nV = logits(hidden_nD, head_VD, temperature, softcap)
-        max_n = jnp.max(z_nV, axis=-1)
-        shifted_nV = z_nV - max_n[:, None]
-        exp_nV = jnp.exp(shifted_nV)
-        total_n = jnp.sum(exp_nV, axis=-1)
-        log_total_n = jnp.log(total_n)
-        logp_n = jnp.take_along_axis(z_nV, target_n[:, None], axis=-1)[:, 0] - max_n - log_total_n
-        # Relative to the row's maximum, so that nothing cancels when the logits are large.
-        entropy_n = log_total_n - jnp.sum(exp_nV * shifted_nV, axis=-1) / total_n if entropy else None
-        return carry, (logp_n, max_n + log_total_n, entropy_n, z_nV if tiles == 1 else None)
-
-    _, stacked = jax.lax.scan(tile, None, (_to_tiles(hidden_ND, tiles), _to_tiles(target_N, tiles)))
-    logp_N, lse_N, entropy_N, z_NV = jax.tree.map(partial(_from_tiles, rows=rows), stacked)
-    return TokenStats(logp_N, entropy_N), (hidden_ND, head_VD, target_N, lse_N, entropy_N, z_NV)
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _token_stats(plan: Plan, inputs: Inputs) -> TokenStats:
+    return forward(plan, inputs)[0]
 
 
-def _backward(temperature, entropy, softcap, tiles, residuals, cotangent):
-    hidden_ND, head_VD, target_N, lse_N, entropy_N, z_NV = residuals
-    dtype = product_dtype(hidden_ND, head_VD)
-    head_in_dtype_VD = head_VD.astype(dtype)
+def forward(plan: Plan, inputs: Inputs) -> tuple[TokenStats, Saved]:
+    """Statistics of every row, and what the backward needs."""
+    keep = plan.tiles == 1
 
-    def tile(d_head_VD, inputs):
-        hidden_nD, target_n, lse_n, entropy_n, z_nV, d_logp_n, d_entropy_n = inputs
-        z_nV = logits(hidden_nD, head_VD, temperature, softcap) if z_nV is None else z_nV
-        logp_nV = z_nV - lse_n[:, None]
-        hit_nV = jax.lax.broadcasted_iota(target_n.dtype, logp_nV.shape, 1) == target_n[:, None]
-        weight_nV = jnp.broadcast_to(d_logp_n[:, None], logp_nV.shape)
-        if entropy:
-            weight_nV = weight_nV + d_entropy_n[:, None] * (logp_nV + entropy_n[:, None])
-        d_z_nV = jnp.where(hit_nV, d_logp_n[:, None], 0.0) - jnp.exp(logp_nV) * weight_nV
-        if softcap is not None:
-            d_z_nV = d_z_nV * (1.0 - jnp.square(z_nV * (temperature / softcap)))
-        d_z_nV = (d_z_nV if temperature == 1.0 else d_z_nV / temperature).astype(dtype)
+    def tile(carry: None, row: tuple) -> tuple[None, tuple[TokenStats, Saved]]:
+        hidden_nD, target_n, reference_nD, id_nK = row
+        z_nV = logits(hidden_nD, inputs.head_VD, plan.temperature, plan.softcap)
+        y_nV = _reference_logits(reference_nD, inputs, plan)
+        stats, residuals = statistics(z_nV, y_nV, target_n, id_nK, plan.ask, plan.split)
+        return carry, (stats, Saved(residuals, z_nV if keep else None, y_nV if keep else None))
+
+    per_row = (inputs.hidden_ND, inputs.target_N, inputs.reference_hidden_ND, inputs.id_NK)
+    _, stacked = jax.lax.scan(tile, None, jax.tree.map(partial(_to_tiles, tiles=plan.tiles), per_row))
+    return jax.tree.map(partial(_from_tiles, rows=inputs.hidden_ND.shape[0]), stacked)
+
+
+def backward(plan: Plan, inputs: Inputs, saved: Saved, cotangent: TokenStats) -> tuple[jax.Array, jax.Array]:
+    """Gradients of the hidden states (in their type) and of the head (float32); parts of them under a split."""
+    dtype = product_dtype(inputs.hidden_ND, inputs.head_VD)
+    head_in_dtype_VD = inputs.head_VD.astype(dtype)
+
+    def tile(d_head_VD: jax.Array, row: tuple) -> tuple[jax.Array, jax.Array]:
+        (hidden_nD, target_n, reference_nD, id_nK), saved, cotangent = row
+        z_nV = saved.z_NV
+        if z_nV is None:
+            z_nV = logits(hidden_nD, inputs.head_VD, plan.temperature, plan.softcap)
+        y_nV = _reference_logits(reference_nD, inputs, plan) if saved.y_NV is None else saved.y_NV
+        d_z_nV = gradient(z_nV, y_nV, target_n, id_nK, saved.residuals, cotangent, plan.ask, plan.split)
+        if plan.softcap is not None:
+            d_z_nV = d_z_nV * (1.0 - jnp.square(z_nV * (plan.temperature / plan.softcap)))
+        d_z_nV = (d_z_nV if plan.temperature == 1.0 else d_z_nV / plan.temperature).astype(dtype)
         d_hidden_nD = jnp.matmul(d_z_nV, head_in_dtype_VD, preferred_element_type=jnp.float32)
         d_head_VD += jnp.matmul(d_z_nV.T, hidden_nD.astype(dtype), preferred_element_type=jnp.float32)
-        return d_head_VD, d_hidden_nD.astype(hidden_ND.dtype)
+        return d_head_VD, d_hidden_nD if plan.split.axis else d_hidden_nD.astype(inputs.hidden_ND.dtype)
 
-    per_row = (hidden_ND, target_N, lse_N, entropy_N, z_NV, cotangent.logp, cotangent.entropy)
-    inputs = jax.tree.map(partial(_to_tiles, tiles=tiles), per_row)
-    d_head_VD, d_hidden = jax.lax.scan(tile, jnp.zeros(head_VD.shape, jnp.float32), inputs)
-    return _from_tiles(d_hidden, hidden_ND.shape[0]), d_head_VD.astype(head_VD.dtype), None
+    per_row = (inputs.hidden_ND, inputs.target_N, inputs.reference_hidden_ND, inputs.id_NK)
+    rows = jax.tree.map(partial(_to_tiles, tiles=plan.tiles), (per_row, saved, cotangent))
+    d_head_VD, d_hidden = jax.lax.scan(tile, jnp.zeros(inputs.head_VD.shape, jnp.float32), rows)
+    return _from_tiles(d_hidden, inputs.hidden_ND.shape[0]), d_head_VD
+
+
+def only(inputs: Inputs, d_hidden_ND: jax.Array, d_head_VD: jax.Array) -> Inputs:
+    """Cotangents of all inputs: a reference is a constant."""
+    nothing = jax.tree.map(lambda x: None, inputs)
+    zero = [None if x is None else jnp.zeros_like(x) for x in (inputs.reference_hidden_ND, inputs.reference_head_VD)]
+    return nothing._replace(
+        hidden_ND=d_hidden_ND.astype(inputs.hidden_ND.dtype),
+        head_VD=d_head_VD.astype(inputs.head_VD.dtype),
+        reference_hidden_ND=zero[0],
+        reference_head_VD=zero[1],
+    )
+
+
+def _forward(plan: Plan, inputs: Inputs) -> tuple[TokenStats, tuple[Inputs, Saved]]:
+    stats, saved = forward(plan, inputs)
+    return stats, (inputs, saved)
+
+
+def _backward(plan: Plan, residuals: tuple[Inputs, Saved], cotangent: Any) -> tuple[Inputs]:
+    inputs, saved = residuals
+    return (only(inputs, *backward(plan, inputs, saved, cotangent)),)
 
 
 _token_stats.defvjp(_forward, _backward)

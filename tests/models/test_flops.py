@@ -21,7 +21,7 @@ def test_by_hand() -> None:
 
 
 def test_a_compiler_counts_the_same_products() -> None:
-    """One block, so that the scan's body is all there is; elementwise work makes the compiler's count a little larger."""
+    """One block, so that the scan's body is all there is; elementwise work makes its count a little larger."""
     model = ModelDef(SPEC, remat="none")
     params = init(model, jax.random.key(0))
     token_BT = jnp.zeros((4, 32), jnp.int32)
