@@ -1,4 +1,9 @@
-"""The door to the vocabulary-wide token statistics: checks the arguments, picks the implementation."""
+"""The door to the vocabulary-wide token statistics: checks the arguments, picks the implementation.
+
+`tiled`, the default, holds the logits of a few hundred rows at a time, or of all rows where they are few; `reference`
+holds them all, and is what the others are tested against. On a mesh of several devices the vocabulary is split over its
+`tensor` axis and the rows over the others; only `tiled` does that.
+"""
 
 from __future__ import annotations
 
@@ -47,10 +52,6 @@ def token_stats(
     gradients come in their own dtypes, by one backward sweep for all statistics; the reference is a constant. At
     p_v = q_v, where |p - q| has no slope, it counts as 0. A target outside the vocabulary has logp = -lse and no
     gradient of its own.
-
-    Implementations: `tiled`, the default, holds the logits of a few hundred rows at a time, or of all rows where they
-    are few; `reference` holds them all, and is what the others are tested against. With a `mesh` of several devices the
-    vocabulary is split over its `tensor` axis and the rows over the others; only `tiled` does that.
 
     Raises ValueError when `temperature` or `softcap` is not positive, when shapes disagree, when a divergence is asked
     for without a reference, and when the mesh does not divide the vocabulary.

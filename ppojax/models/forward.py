@@ -261,6 +261,7 @@ def score_and_route(
         temperature=temperature,
         entropy=entropy,
         softcap=model.spec.logit_softcap,
+        mesh=model.mesh,
     )
 
     def align(x_N: jax.Array) -> jax.Array:
