@@ -13,9 +13,9 @@ from pydantic import Field, model_validator
 from ppojax.component import Component
 from ppojax.envs.arithmetic import ArithmeticSyntaxError, Operation, evaluate, parse
 from ppojax.envs.base import Env, Reset, Step, Task
+from ppojax.envs.tool_calls import TOOL_FORMATS, ParsedTurn, ToolCall, ToolFormatName, tool_message
 from ppojax.types import Messages
 
-OPEN, CLOSE = "<calc>", "</calc>"
 Split = Literal["train", "eval"]
 
 # One in this many operand pairs is kept for evaluation.
@@ -24,10 +24,27 @@ _EVAL_SHARE = 8
 _SMALL_RANGE = 32
 _NUMBER = re.compile(r"-?[0-9]+(?:,[0-9]{3})*(?:\.[0-9]+)?")
 _ERROR = "error"
+_CALC = "calc"
+_SCHEMA = {
+    "type": "function",
+    "function": {
+        "name": _CALC,
+        "description": "Compute with whole numbers.",
+        "parameters": {
+            "type": "object",
+            "properties": {"expression": {"type": "string", "description": "such as 12+34"}},
+            "required": ["expression"],
+        },
+    },
+}
 
 
 class Calculator(Component):
     """Two numbers are asked to be combined; a calculator is at hand as `<calc>a+b</calc>`.
+
+    With `tool_format=hermes` the calculator is the function `calc(expression)`, which the chat template announces and
+    which is called as `<tool_call>{"name": "calc", "arguments": {"expression": "a+b"}}</tool_call>`; thinking before
+    `</think>` is not graded. The default `system` speaks of calc tags: give another one, or none.
 
     The call earns `reward_call` once, when its expression is exactly the question (either order where the operator
     commutes); the answer earns `reward_answer` when it comes after such a call and holds the result and no other
@@ -35,7 +52,6 @@ class Calculator(Component):
     """
 
     has_expert: ClassVar[bool] = True
-    stop: ClassVar[tuple[str, ...]] = (CLOSE,)
 
     type: Literal["calculator"] = Field(default="calculator", description="two-turn arithmetic with a calculator")
     operators: tuple[Literal["+", "-", "*"], ...] = Field(
@@ -51,6 +67,7 @@ class Calculator(Component):
     max_turns: int = Field(default=2, ge=1, description="turns an episode may take; the last one terminates it")
     train_size: int = Field(default=65_536, ge=1, description="number of training tasks")
     eval_size: int = Field(default=256, ge=1, description="number of evaluation tasks")
+    tool_format: ToolFormatName = Field(default="calc", description="how calls are written: calc tags, or Hermes JSON")
     system: str = Field("Use calc tags.", description="system message; empty for none")
     prompt: str = Field(
         "{question}=?", description="user message; {question} becomes the two numbers and their operator"
@@ -80,6 +97,15 @@ class Calculator(Component):
                 )
         return self
 
+    @property
+    def stop(self) -> tuple[str, ...]:
+        """Texts that end a turn."""
+        return TOOL_FORMATS[self.tool_format].stop
+
+    def call(self, expression: str) -> str:
+        """Write a call of the calculator."""
+        return TOOL_FORMATS[self.tool_format].write(ToolCall(_CALC, {"expression": expression}))
+
     def make(self) -> Env:
         """Make an environment for one episode."""
         return CalculatorEnv(self)
@@ -92,9 +118,9 @@ class Calculator(Component):
     def expert(self, messages: Messages, task: Task) -> str:
         """Write what a perfect policy would write next."""
         last = messages[-1]
-        if last["role"] == "tool" and last["content"] != _ERROR:
+        if last["role"] == "tool" and not last["content"].startswith(_ERROR):
             return str(_result(task))
-        return f"{OPEN}{question(task)}{CLOSE}"
+        return self.call(question(task))
 
 
 class CalculatorTasks(Sequence[Task]):
@@ -139,16 +165,17 @@ class CalculatorEnv:
         self._task, self._turns = task, 0
         self._info = {"success": False, "call_ok": False, "answer_ok": False, "malformed": 0, "wrong": 0}
         system = [{"role": "system", "content": self._config.system}] if self._config.system else []
-        return Reset([*system, *self._example(), self._ask(task)])
+        tools = [] if self._config.tool_format == "calc" else [_SCHEMA]
+        return Reset([*system, *self._example(), self._ask(task)], tools)
 
     def step(self, message: dict[str, Any]) -> Step:
         """Run the call in the message, or grade the message as the answer."""
         assert self._task is not None, "reset comes before step"
         self._turns += 1
-        text = message.get("content") or ""
-        if OPEN in text or CLOSE in text:
-            return self._call(self._task, text)
-        right = bool(self._info["call_ok"]) and answers(text, _result(self._task))
+        turn = TOOL_FORMATS[self._config.tool_format].parse(message.get("content") or "")
+        if turn.has_call:
+            return self._call(self._task, turn)
+        right = bool(self._info["call_ok"]) and answers(turn.content, _result(self._task))
         self._info["answer_ok"] = self._info["success"] = right
         return self._end(self._config.reward_answer if right else 0.0)
 
@@ -163,29 +190,45 @@ class CalculatorEnv:
             return []
         a, b = self._config.example
         shown = Task("example", {"a": a, "b": b, "operator": self._config.operators[0]})
-        call = {"role": "assistant", "content": f"{OPEN}{question(shown)}{CLOSE}"}
+        call = {"role": "assistant", "content": self._config.call(question(shown))}
         if self._config.example_shows == "call":
             return [self._ask(shown), call]
         result = str(_result(shown))
-        return [self._ask(shown), call, {"role": "tool", "content": result}, {"role": "assistant", "content": result}]
+        return [self._ask(shown), call, self._observe(result), {"role": "assistant", "content": result}]
 
-    def _call(self, task: Task, text: str) -> Step:
-        reward, observation, right = 0.0, _ERROR, False
+    def _call(self, task: Task, turn: ParsedTurn) -> Step:
+        reward, all_right, observations = 0.0, not turn.errors, list(turn.errors)
+        self._info["malformed"] += len(turn.errors)
+        for call in turn.calls:
+            observation, right = self._run(task, call)
+            observations.append(observation)
+            all_right &= right
+            reward += self._config.reward_call if right else 0.0
+        # Turns are part of the task: after the last one nothing can be earned, so it terminates.
+        if self._turns >= self._config.max_turns or (not all_right and self._config.on_wrong_call == "end"):
+            return self._end(reward)
+        return Step([self._observe(o, n) for n, o in enumerate(observations)], reward, info=dict(self._info))
+
+    def _run(self, task: Task, call: ToolCall) -> tuple[str, bool]:
+        """Run a call: what it gives, and whether it is the first right one."""
+        expression = call.arguments.get("expression")
+        if call.name != _CALC or not isinstance(expression, str):
+            self._info["malformed"] += 1
+            return f'{_ERROR}: expected {_CALC} with "expression", a text', False
         try:
-            expression = parse(call_text(text))
+            parsed = parse(expression)
         except ArithmeticSyntaxError:
             self._info["malformed"] += 1
-        else:
-            observation = str(evaluate(expression))
-            right = not self._info["call_ok"] and expression in _right_calls(task)
-            self._info["wrong"] += not right
-        if right:
-            self._info["call_ok"] = True
-            reward = self._config.reward_call
-        # Turns are part of the task: after the last one nothing can be earned, so it terminates.
-        if self._turns >= self._config.max_turns or (not right and self._config.on_wrong_call == "end"):
-            return self._end(reward)
-        return Step([{"role": "tool", "content": observation}], reward, info=dict(self._info))
+            return _ERROR, False
+        right = not self._info["call_ok"] and parsed in _right_calls(task)
+        self._info["wrong"] += not right
+        self._info["call_ok"] |= right
+        return str(evaluate(parsed)), right
+
+    def _observe(self, content: str, number: int = 0) -> dict[str, Any]:
+        if self._config.tool_format == "calc":
+            return {"role": "tool", "content": content}
+        return tool_message(content, number, _CALC)
 
     def _end(self, reward: float) -> Step:
         return Step([], reward, terminated=True, info=dict(self._info))
@@ -195,18 +238,6 @@ def question(task: Task) -> str:
     """Write the operation that a task asks for; a negative right operand stands in parentheses."""
     b = task.data["b"]
     return f"{task.data['a']}{task.data['operator']}{b if b >= 0 else f'({b})'}"
-
-
-def call_text(text: str) -> str:
-    """Cut the expression out of a message that ends with one call.
-
-    Text may come before the call. Raises ArithmeticSyntaxError when there is another tag or text after the call.
-    """
-    before, _, rest = text.partition(OPEN)
-    expression, closed, after = rest.partition(CLOSE)
-    if not closed or after.strip() or CLOSE in before or OPEN in expression:
-        raise ArithmeticSyntaxError("expected one call at the end of the message")
-    return expression
 
 
 def answers(text: str, result: int) -> bool:

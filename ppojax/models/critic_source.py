@@ -74,7 +74,7 @@ def _trunk(config: CriticModelConfig, actor: Loaded, lora: LoRAConfig | None) ->
         return cut_spec(actor.model.spec, config.layers), trunk
     if isinstance(config, FreshCritic):
         return config.shape.decoder(actor.model.spec.vocab), None
-    spec, params, tokenizer = read_pretrained(config.path)
+    spec, params, tokenizer = read_pretrained(config.path, chat_template=actor.tokenizer.template)
     if tokenizer.fingerprint() != actor.tokenizer.fingerprint():
         raise DataError(f"critic.model.path {config.path}: its tokenizer is not the actor's; they must be the same")
     return cut_spec(spec, spec.layers), cut_trunk(spec, params, spec.layers)

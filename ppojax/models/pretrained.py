@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 
 import jax
 
+from ppojax.models.chat import ChatTemplate
 from ppojax.models.forward import ModelDef, Params, init, with_adapters
 from ppojax.models.parameters import check_targets
 from ppojax.models.settings import ModelConfig
@@ -49,7 +50,7 @@ def load_model(
         model = ModelDef(spec, config.dtype, config.remat, attention=config.attention)
         params = init(model, key)
     else:
-        spec, params, tokenizer = read_pretrained(config.path, mesh, check, dtype)
+        spec, params, tokenizer = read_pretrained(config.path, mesh, check, dtype, config.chat_template)
         model = ModelDef(spec, config.dtype, config.remat, attention=config.attention)
     if config.lora is not None:
         check_targets(spec, config.lora, "model.lora")
@@ -63,6 +64,7 @@ def read_pretrained(
     mesh: jax.sharding.Mesh | None = None,
     check: Callable[[ModelDef], None] | None = None,
     dtype: str = "float32",
+    chat_template: str | ChatTemplate = "auto",
 ) -> tuple[DecoderSpec, Params, Tokenizer]:
     """Read weights and tokenizer from `smollm2`, a GGUF file, a Hugging Face folder, or a hub id.
 
@@ -70,8 +72,10 @@ def read_pretrained(
         mesh: where the weights go, each device its part; None: all on one device.
         check: called with the model before its weights are read.
         dtype: type in which the weights are kept.
+        chat_template: the tokenizer's, or which one to choose (see `variants.choose_template`).
     """
     source = find_source(path)
     if check is not None:
         check(ModelDef(source.spec))
-    return source.spec, source.place(dtype, mesh), source.tokenizer()
+    tokenizer = source.tokenizer(chat_template)  # its faults show before the weights are read
+    return source.spec, source.place(dtype, mesh), tokenizer

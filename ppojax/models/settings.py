@@ -50,6 +50,12 @@ class ModelConfig(Component):
     )
     fresh: FreshSpec | None = Field(default=None, description="shape of a model from scratch, instead of path")
     tokenizer: Literal["char"] | None = Field(default=None, description="tokenizer of a model from scratch")
+    chat_template: str = Field(
+        default="auto",
+        min_length=1,
+        description="auto (the model's own, or its training variant where that rewrites earlier turns), training, or "
+        "the path of a template",
+    )
     dtype: Dtype = Field(default="float32", description="compute type; master weights are float32")
     remat: Remat = Field(
         default="full",

@@ -10,6 +10,7 @@ from typing import Any
 import jax
 
 from ppojax.errors import DataError
+from ppojax.models.chat import ChatTemplate
 from ppojax.models.families.family import Family
 from ppojax.models.forward import ModelDef, Params, param_shardings
 from ppojax.models.gguf import open_gguf
@@ -50,13 +51,13 @@ class Source:
         """
         return self.read(dtype, None if mesh is None else param_shardings(ModelDef(self.spec), mesh))
 
-    def tokenizer(self) -> Tokenizer:
-        """Read the tokenizer.
+    def tokenizer(self, chat_template: str | ChatTemplate = "auto") -> Tokenizer:
+        """Read the tokenizer, with a chat template or the choice of one (see `variants.choose_template`).
 
         Raises DataError when it is missing or has more ids than the embedding has rows.
         """
         read = tokenizer_from_hf if self.path.is_dir() else tokenizer_from_gguf
-        tokenizer = read(self.path)
+        tokenizer = read(self.path, chat_template)
         if tokenizer.vocab_size > self.spec.vocab:
             raise DataError(
                 f"model.path {self.path}: the tokenizer has {tokenizer.vocab_size} ids, the embedding "

@@ -21,6 +21,7 @@ from tokenizers import AddedToken, Regex, decoders, models, pre_tokenizers
 from ppojax.errors import DataError
 from ppojax.models.chat import ChatTemplate
 from ppojax.models.markers import Markers, strings_of
+from ppojax.models.prefixes import check_prefixes
 from ppojax.types import Messages
 
 ROLES = ("system", "user", "assistant", "tool")
@@ -42,9 +43,10 @@ class Tokenizer:
         vocab_size: one more than the largest id.
         eos_ids: tokens that end a turn; the first is the one that the template writes.
         pad_id: fills up rows; never trained on.
+        template: the chat template.
 
     Raises DataError when the template is not prefix-preserving: appending messages to a conversation has to leave
-    everything up to its last assistant turn as it was, or an append-only row could not hold it.
+    everything up to its last assistant turn as it was, or an append-only row could not hold it (`check_prefixes`).
     """
 
     def __init__(
@@ -59,7 +61,7 @@ class Tokenizer:
         self._plain = _without_added_tokens(tokenizer)
         by_character = isinstance(self._plain.model, models.WordLevel)
         self._alphabet = frozenset(self._plain.get_vocab()) if by_character else None
-        self._template = template
+        self.template = template
         added = tokenizer.get_added_tokens_decoder()
         self._special = {i: t for i, t in added.items() if t.special}
         # Runs of spaces and single characters are added for compression and mark nothing.
@@ -68,6 +70,7 @@ class Tokenizer:
         self._special_markers = Markers(self._special)
         self._word_markers = Markers(words)
         self.vocab_size = max(tokenizer.get_vocab(with_added_tokens=True).values()) + 1
+        eos_ids = [*eos_ids, *(i for t in template.ends if (i := tokenizer.token_to_id(t)) is not None)]
         self._skip_closing, end_of_turn = self._check_template(eos_ids)
         self.eos_ids: tuple[int, ...] = tuple(dict.fromkeys([*end_of_turn, *eos_ids]))
         if not self.eos_ids:
@@ -101,7 +104,7 @@ class Tokenizer:
         assistant messages. Raises DataError when the template cannot render the messages.
         """
         broken, broken_tools, mark = self._break_up(messages, tools)
-        text = self._template.render(broken, broken_tools, generation=add_generation_prompt)
+        text = self.template.render(broken, broken_tools, generation=add_generation_prompt)
         return self._cut(text, self._all_markers, mark)
 
     def suffix(self, messages: Messages, *, ended: bool) -> list[int]:
@@ -118,7 +121,7 @@ class Tokenizer:
     def fingerprint(self) -> str:
         """Hash what decides over ids: the vocabulary, the template, and how a probe text is encoded (sha256)."""
         vocabulary = sorted((i, t) for t, i in self._full.get_vocab(with_added_tokens=True).items())
-        parts = [vocabulary, sorted(self._special), self.eos_ids, self.pad_id, self._template.source, self._probe]
+        parts = [vocabulary, sorted(self._special), self.eos_ids, self.pad_id, self.template.source, self._probe]
         return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
     def save(self, folder: Path | str) -> None:
@@ -133,7 +136,7 @@ class Tokenizer:
         config = {
             "tokenizer_class": "PreTrainedTokenizerFast",
             "clean_up_tokenization_spaces": False,
-            "bos_token": self._template.bos_token or None,
+            "bos_token": self.template.bos_token or None,
             "eos_token": eos,
             "pad_token": pad,
         }
@@ -141,7 +144,7 @@ class Tokenizer:
         files = {
             "tokenizer.json": self._full.to_str(),
             "tokenizer_config.json": json.dumps(config, indent=2) + "\n",
-            "chat_template.jinja": self._template.source,
+            "chat_template.jinja": self.template.source,
             "generation_config.json": json.dumps(generation, indent=2) + "\n",
         }
         try:
@@ -196,22 +199,15 @@ class Tokenizer:
 
     def _after_dummy(self, messages: Messages, *, generation: bool) -> str:
         start = [{"role": "user", "content": "."}, {"role": "assistant", "content": _DUMMY}]
-        _, found, rest = self._template.render([*start, *messages], generation=generation).partition(_DUMMY)
+        _, found, rest = self.template.render([*start, *messages], generation=generation).partition(_DUMMY)
         if not found:
             raise DataError("chat template: drops the content of an assistant turn; use a template that keeps it")
         return rest
 
     def _check_template(self, eos_ids: Sequence[int]) -> tuple[int, list[int]]:
         """Check that rows can be append-only; count the closing ids up to the end of turn, and name that token."""
-        user = {"role": "user", "content": "."}
-        start = self._template.render([user], generation=True)
-        longer = self._template.render([user, {"role": "assistant", "content": _DUMMY}, user], generation=True)
+        check_prefixes(self.template)
         closing = self._after_dummy([], generation=False)
-        if not longer.startswith(start) or not self._after_dummy([user], generation=True).startswith(closing):
-            raise DataError(
-                "chat template: not prefix-preserving (a later message changes how earlier ones are written); "
-                "use a training variant of the template"
-            )
         ids = self._cut(closing, self._all_markers, "")
         known = [n for n, i in enumerate(ids) if i in eos_ids] or [n for n, i in enumerate(ids) if i in self._special]
         return (known[0] + 1, [ids[known[0]]]) if known else (0, [])

@@ -36,6 +36,17 @@ CONVERSATIONS = (
         {"role": "tool", "content": "46"},
     ],
 )
+GREEDY = (
+    [{"role": "user", "content": "What is the capital of France?"}],
+    [{"role": "user", "content": "Write one sentence about a fox and a river."}],
+    [{"role": "user", "content": "def double(x):\n    # complete this function"}],
+    [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Name three fruits."}],
+    [
+        {"role": "user", "content": "Say \u00ab caf\u00e9 \u00bb."},
+        {"role": "assistant", "content": "caf\u00e9"},
+        {"role": "user", "content": "Again, and count to 5."},
+    ],
+)
 # No numerals after a space but ASCII ones: transformers' GGUF reader leaves out SmolLM's splitting of digits, which the
 # vocabulary hides for ASCII digits only.
 STRINGS = (
@@ -79,16 +90,21 @@ def main(path: Path) -> None:
     with torch.no_grad():
         logp = model(passage).logits[0, :-1].log_softmax(-1).gather(-1, passage[0, 1:, None])[:, 0]
 
-    start = torch.tensor([chat(CONVERSATIONS[0])])
-    with torch.no_grad():
-        greedy = model.generate(start, attention_mask=torch.ones_like(start), do_sample=False, max_new_tokens=16)
+    greedy = []
+    for messages in GREEDY:
+        start = torch.tensor([chat(messages)])
+        with torch.no_grad():
+            whole = model.generate(start, attention_mask=torch.ones_like(start), do_sample=False, max_new_tokens=32)
+        ids = whole[0, start.shape[1] :].tolist()
+        text = tokenizer.decode(ids, skip_special_tokens=True)
+        greedy.append({"messages": messages, "prompt": start[0].tolist(), "continuation": ids, "text": text})
 
     oracle = {
         "made_with": {"torch": torch.__version__, "transformers": transformers.__version__, "weights": path.name},
         "logit_ids": some.tolist(),
         "prompts": prompts,
         "passage": {"ids": passage[0].tolist(), "logp": logp.tolist()},
-        "greedy": {"prompt": start[0].tolist(), "continuation": greedy[0, start.shape[1] :].tolist()},
+        "greedy": greedy,
         "conversations": [{"messages": m, "ids": chat(m)} for m in CONVERSATIONS],
         "strings": [{"text": s, "ids": encode(s)} for s in STRINGS],
     }
