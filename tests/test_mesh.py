@@ -83,3 +83,12 @@ def test_every_matrix_is_split_over_fsdp_and_tensor(model: ModelDef) -> None:
     jax.tree_util.tree_map_with_path(check, state.opt_state)
     jax.tree.map(np.testing.assert_array_equal, state.params, given)
     assert jax.tree.structure(param_shardings(model, mesh)) == jax.tree.structure(state.params)
+
+
+def test_a_state_may_take_over_the_weights() -> None:
+    mesh = MeshConfig(fsdp=2).build()
+    given = jax.device_put(params(ACTOR), param_shardings(ACTOR, mesh))
+    kept = jax.tree.map(np.array, given)
+    state = init_state(ACTOR, given, OptimizerConfig().build(), mesh, donate=True)
+    jax.tree.map(np.testing.assert_array_equal, state.params, kept)
+    assert all(p.is_deleted() for p in jax.tree.leaves(given))

@@ -70,15 +70,18 @@ def build(config: Config) -> tuple[Parts, States]:
     if config.run.keep_memory:
         keep_freed_memory()  # before the first device is asked for: its threads make heaps of their own
     mesh = config.mesh.build()
-    loaded = load_model(config.model, purpose_key(config.seed, OUTSIDE, INIT_ACTOR))
+    key = purpose_key(config.seed, OUTSIDE, INIT_ACTOR)
+    loaded = load_model(config.model, key, mesh, lambda model: _check_mesh(config, model))
     loaded = replace(loaded, model=replace(loaded.model, mesh=mesh))
     _check_mesh(config, loaded.model)
     trained, frozen = split(loaded.params, loaded.model.lora)
-    actor_base, critic_base = place_frozen(loaded.model, frozen, mesh), {}
-    states = States(init_state(loaded.model, trained, config.actor.optimizer.build(), mesh), None)
-    critic = None
+    critic, critic_base, critic_state = None, {}, None
     if config.advantage.needs_values:
-        critic, critic_base, states.critic = build_critic(config, loaded, mesh)
+        critic, critic_base, critic_state = build_critic(config, loaded, mesh)
+    actor_base = place_frozen(loaded.model, frozen, mesh)
+    # Last, for it takes the weights over: a critic may be cut from them, and its frozen ones are the actor's own.
+    actor = init_state(loaded.model, trained, config.actor.optimizer.build(), mesh, donate=not critic_base)
+    states = States(actor, critic_state)
     parts = Parts(
         mesh,
         loaded.tokenizer,

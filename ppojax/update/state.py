@@ -27,9 +27,17 @@ def state_shardings(model: ModelDef, optimizer: optax.GradientTransformation, me
 
 
 def init_state(
-    model: ModelDef, params: Params, optimizer: optax.GradientTransformation, mesh: jax.sharding.Mesh
+    model: ModelDef,
+    params: Params,
+    optimizer: optax.GradientTransformation,
+    mesh: jax.sharding.Mesh,
+    *,
+    donate: bool = False,
 ) -> TrainState:
     """Place the parameters that are trained, float32, on the mesh and start the optimizer beside them.
+
+    With `donate` the state takes over the arrays of `params` where they lie as it wants them: there is no second copy,
+    and they cannot be used afterwards.
 
     The state of an ensemble is the states of its critics, on a leading axis of every array.
     """
@@ -39,7 +47,8 @@ def init_state(
     def start(p: Params) -> TrainState:
         return TrainState(p, optimizer.init(p), jnp.int32(0), jnp.zeros(2, jnp.int32))
 
-    return jax.jit(start if model.count == 1 else jax.vmap(start), out_shardings=shardings)(placed)
+    every = start if model.count == 1 else jax.vmap(start)
+    return jax.jit(every, out_shardings=shardings, donate_argnums=(0,) if donate else ())(placed)
 
 
 def place_frozen(model: ModelDef, frozen: Params, mesh: jax.sharding.Mesh) -> Params:
