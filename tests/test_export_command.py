@@ -67,3 +67,13 @@ def test_faults_of_the_arguments(run: RunDir, tmp_path: Path, capsys: pytest.Cap
     assert not (tmp_path / "out").exists()
     assert command("--help") == 0
     assert "python -m ppojax.export" in capsys.readouterr().out
+
+
+def test_adapters_are_merged(tmp_path: Path) -> None:
+    trainer = Trainer(tiny("model.lora={rank: 2}"))
+    layers = trainer.states.actor.params["layers"]
+    layers["lora"] = jax.tree.map(lambda p: p + 0.1, layers["lora"])
+    export_trainer(trainer, tmp_path / "out", dtype="float32")
+    stored = load(tmp_path / "out").params
+    jax.tree.map(np.testing.assert_array_equal, stored, trainer.merged_policy())
+    assert not np.array_equal(stored["layers"]["q"], trainer.parts.actor_base["layers"]["q"])

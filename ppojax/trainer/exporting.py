@@ -16,7 +16,7 @@ from ppojax.trainer.trainer import Trainer
 def export_trainer(
     trainer: Trainer, out: Path | str, *, dtype: str | None = None, shard_bytes: int = SHARD_BYTES
 ) -> None:
-    """Write the policy of a live run; see `hf_write.write_hf`.
+    """Write the policy of a live run, adapters merged; see `hf_write.write_hf`.
 
     The folder has the model type and the tokenizer of the model that was trained; one from scratch is a Llama.
 
