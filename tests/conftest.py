@@ -6,6 +6,8 @@ import os
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
+# Most of the time of these tests is LLVM's, on programs that run once.
+os.environ["XLA_FLAGS"] += " --xla_backend_optimization_level=0"
 
 from jaxtyping import install_import_hook
 

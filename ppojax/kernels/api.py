@@ -45,7 +45,7 @@ def token_stats(
     where cap(x) = softcap tanh(x / softcap) (Gemma 2, arXiv 2408.00118), or x where `softcap` is None: a model's logits
     are capped first, as in generation, and then sampled from at a temperature. q is the softmax of `reference`: the
     hidden states and the head of the policy that sampled, or of a frozen one, of any width, at the same temperature and
-    cap. Only what is asked for is computed; `topk_logp` comes with `topk_id_NK`, in which -1 names no token.
+    cap. Only what is asked for is computed; `topk_logp` comes with `topk_id_NK`, where -1 names no token.
 
     Types: `hidden_ND` and `head_VD` may be float32 or bfloat16; products are computed in float32 where the two differ.
     Logits accumulate in float32 and every statistic is float32. Differentiable in `hidden_ND` and `head_VD`, whose
@@ -53,15 +53,14 @@ def token_stats(
     p_v = q_v, where |p - q| has no slope, it counts as 0. A target outside the vocabulary has logp = -lse and no
     gradient of its own.
 
-    Raises ValueError when `temperature` or `softcap` is not positive, when shapes disagree, when a divergence is asked
-    for without a reference, and when the mesh does not divide the vocabulary.
+    Raises ValueError for a `temperature` or `softcap` that is not positive, shapes that disagree, a divergence that has
+    no reference, and a mesh that does not divide the vocabulary.
     """
     _check(hidden_ND, head_VD, target_N, reference, topk_id_NK, temperature, softcap)
     ask = Ask(entropy, kl, reverse_kl, tv)
     if ask.reference and reference is None:
         raise ValueError("token_stats: kl, reverse_kl and tv compare with a reference: give reference=(hidden, head)")
-    if not ask.reference:
-        reference = None
+    reference = reference if ask.reference else None
     if implementation == "reference":
         return whole.token_stats(
             hidden_ND,

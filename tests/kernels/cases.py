@@ -39,7 +39,7 @@ def case(rows: int, vocabulary: int, largest: float = 3.0, seed: int = 0) -> Cas
     return Case(hidden=hidden, head=head, target=target, other=other, other_head=other_head, ids=ids, weights=weights)
 
 
-def exact(c: Case, temperature: float = 1.0, softcap: float | None = None) -> dict[str, np.ndarray]:
+def exact(c: Case, temperature: float = 1.0, softcap: float | None = None, tie: float = 2e-6) -> dict[str, np.ndarray]:
     """Every statistic, and the gradients of the sum of weights x statistics, in float64.
 
     The gradient is assembled from the Jacobian of the softmax and d statistic / d p, not from the closed form that the
@@ -61,7 +61,7 @@ def exact(c: Case, temperature: float = 1.0, softcap: float | None = None) -> di
     }
     # d loss / d log p, with the sum over p's own constraint taken by the Jacobian below.
     d = -w["entropy"][:, None] * p * (log_p + 1) + w["kl"][:, None] * p * (log_p - log_q + 1)
-    d += -w["reverse_kl"][:, None] * q + w["tv"][:, None] * 0.5 * _side(log_p - log_q) * p
+    d += -w["reverse_kl"][:, None] * q + w["tv"][:, None] * 0.5 * _side(log_p - log_q, tie) * p
     d[rows, c["target"]] += w["logp"]
     np.add.at(d, (rows[:, None], np.maximum(ids, 0)), np.where(named, w["topk_logp"], 0.0))
     d_z = d - p * d.sum(1, keepdims=True)
@@ -70,9 +70,9 @@ def exact(c: Case, temperature: float = 1.0, softcap: float | None = None) -> di
     return out | {"d_hidden": d_z @ head, "d_head": d_z.T @ hidden}
 
 
-def _side(gap: np.ndarray) -> np.ndarray:
+def _side(gap: np.ndarray, tie: float) -> np.ndarray:
     """The slope of |p - q|; float32 cannot tell sides below some 2e-6, where the library takes neither."""
-    return np.where(np.abs(gap) < 2e-6, 0.0, np.sign(gap))
+    return np.where(np.abs(gap) < tie, 0.0, np.sign(gap))
 
 
 def _log_softmax(

@@ -48,7 +48,7 @@ def hidden(model: ModelDef, p: Any) -> jax.Array:
     return hidden_states(model, p, TOKEN_BT, positions(TOKEN_BT)).hidden_BTD
 
 
-@pytest.mark.parametrize("name", SPECS)
+@pytest.mark.parametrize("name", [pytest.param(n, marks=pytest.mark.slow) if n == "latent" else n for n in SPECS])
 def test_nothing_changes_at_the_start_bit_by_bit(name: str) -> None:
     model, drawn = with_lora(SPECS[name])
     plain = ModelDef(SPECS[name])

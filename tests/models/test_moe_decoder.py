@@ -26,7 +26,7 @@ MESHES = {
     "expert": MeshConfig(expert=4),
     "all": MeshConfig(fsdp=2, expert=2, tensor=2),
 }
-FAST = {("all", "deepseek_v3"), ("expert", "gpt_oss")}
+FAST = {("expert", "gpt_oss")}
 
 
 @lru_cache

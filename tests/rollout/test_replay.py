@@ -49,7 +49,8 @@ def family_rows(family: str) -> tuple[Row, ...]:
     return sampled(tiny(family), drawn(tiny(family)))
 
 
-@pytest.mark.parametrize("family", ["qwen3_moe", pytest.param("deepseek_v3", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("family", ["qwen3_moe", "deepseek_v3"])
 def test_the_record_is_what_the_full_pass_chooses(family: str) -> None:
     """Prefill, two turns and an observation between them: each token's experts, of every layer that has some."""
     spec, rows = tiny(family), family_rows(family)

@@ -164,6 +164,7 @@ def test_a_mesh_that_does_not_divide_is_refused() -> None:
         Trainer(tiny("mesh.tensor=4", "model.fresh.heads=4", "model.fresh.kv_heads=4"))
 
 
+@pytest.mark.slow
 def test_an_ensemble_of_bounded_critics() -> None:
     """Advantages are made of their mean; each learns from its own episodes, and they come to disagree."""
     trainer = Trainer(tiny("critic.count=2", "critic.split=responses", "critic.head.type=arctan", "warm_start=null"))

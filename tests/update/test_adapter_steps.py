@@ -63,6 +63,7 @@ def actor_moves(mesh: MeshConfig, share: bool, microbatch_rows: int, dtype: str 
     return state, {name: float(value) for name, value in metrics.items()}
 
 
+@pytest.mark.slow
 def test_meshes_and_microbatches_change_nothing() -> None:
     want, want_metrics = actor_moves(MeshConfig(), False, 8)
     got, metrics = actor_moves(MeshConfig(fsdp=2, tensor=2), True, 4)

@@ -69,7 +69,7 @@ def assert_same(got: tuple[Any, dict[str, float]], want: tuple[Any, dict[str, fl
 @pytest.mark.parametrize(
     "mesh",
     [
-        MeshConfig(data=2, expert=2, tensor=2),
+        pytest.param(MeshConfig(data=2, expert=2, tensor=2), marks=pytest.mark.slow),
         pytest.param(MeshConfig(fsdp=2, expert=4), marks=pytest.mark.slow),
         pytest.param(MeshConfig(fsdp=2, tensor=2), marks=pytest.mark.slow),
     ],
