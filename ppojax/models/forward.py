@@ -37,7 +37,7 @@ class ModelDef:
     remat: Remat = "full"
     head: ValueHead | None = None  # what values are read by; None for a policy
     count: int = 1
-    attention: AttentionChoice = "auto"
+    attention: AttentionChoice = "xla"
     lora: LoRAConfig | None = None  # adapters are trained, all else but a value head is frozen
     mesh: jax.sharding.Mesh | None = None  # where it runs; experts need it to send tokens between devices
 

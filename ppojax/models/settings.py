@@ -63,9 +63,9 @@ class ModelConfig(Component):
         "full (its input only)",
     )
     attention: AttentionChoice = Field(
-        default="auto",
-        description="what attends: xla; cudnn (flash attention, where it can; else XLA, and the log says why); auto is "
-        "cudnn on a GPU and xla elsewhere",
+        default="xla",
+        description="what attends: xla; cudnn (flash attention, where it can; else XLA, and the log says why), not yet "
+        "run on a GPU; auto is cudnn on a GPU and xla elsewhere",
     )
     base_dtype: Dtype = Field(default="float32", description="type in which frozen weights are kept, with lora")
     lora: LoRAConfig | None = Field(
