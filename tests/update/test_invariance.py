@@ -42,10 +42,10 @@ def step(
             state, batch, model=CRITIC, config=CRITIC_CONFIG, layout=layout, microbatch_rows=microbatch_rows, mesh=built
         )
     else:
-        start = params(ACTOR)
-        state = init_state(ACTOR, start, OPTIMIZER.build(), built)
+        actor, start = replace(ACTOR, mesh=built), params(ACTOR)
+        state = init_state(actor, start, OPTIMIZER.build(), built)
         state, metrics = actor_step(
-            state, batch, model=ACTOR, loss=LOSSES[kind], optimizer=OPTIMIZER, temperature=0.9, layout=layout,
+            state, batch, model=actor, loss=LOSSES[kind], optimizer=OPTIMIZER, temperature=0.9, layout=layout,
             microbatch_rows=microbatch_rows, mesh=built,
         )  # fmt: skip
     moved = jax.tree.map(lambda a, b: np.asarray(a) - np.asarray(b), state.params, start)
