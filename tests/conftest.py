@@ -16,11 +16,17 @@ install_import_hook("ppojax", "beartype.beartype")
 import jax
 import pytest
 
+from ppojax.trainer import build
+
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
+# Two processes run hundreds of programs each: what they free goes back to the system.
+build.keep_freed_memory = lambda: False
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    # The longest goes first: no worker is left alone with it at the end.
+    items.sort(key=lambda item: "test_learning" not in item.nodeid)
     if "gpu" in config.getoption("-m") and "not gpu" not in config.getoption("-m") and jax.default_backend() == "cpu":
         for item in items:
             if item.get_closest_marker("gpu"):

@@ -75,7 +75,9 @@ def test_a_merge_is_made_in_float32_and_keeps_the_type() -> None:
     pair = trained["layers"]["lora"]["q"]
     want = np.asarray(half["layers"]["q"], np.float64) + 2 * np.asarray(pair["a"], np.float64) @ np.asarray(pair["b"])
     merged = merge(half, LORA)["layers"]["q"]
-    np.testing.assert_array_equal(merged, jnp.asarray(want, jnp.bfloat16))
+    assert merged.dtype == jnp.bfloat16
+    # One unit of the last of 8 bits: the float32 that was rounded lies beside the float64.
+    np.testing.assert_allclose(np.asarray(merged, np.float64), want, rtol=2**-7)
     np.testing.assert_allclose(merge(half, LORA, "float32")["layers"]["q"], want, rtol=1e-5, atol=1e-6)
 
 

@@ -86,6 +86,7 @@ def test_a_base_in_half_precision_stays_what_it_is() -> None:
         np.testing.assert_allclose(a, b, atol=0.05)
 
 
+@pytest.mark.slow
 def test_critics_with_adapters_share_their_trunk_and_step_alone() -> None:
     built = MeshConfig().build()
     batch, layout = minibatch()

@@ -121,7 +121,7 @@ def test_a_member_without_rows_or_with_bad_ones_does_not_move_and_stops_no_other
 
 
 @pytest.mark.parametrize(
-    "mesh", [MeshConfig(fsdp=2, tensor=2), pytest.param(MeshConfig(data=4), marks=pytest.mark.slow)]
+    "mesh", [pytest.param(m, marks=pytest.mark.slow) for m in (MeshConfig(fsdp=2, tensor=2), MeshConfig(data=4))]
 )
 def test_meshes_change_nothing(mesh: MeshConfig) -> None:
     model = replace(CRITIC, head=ArctanHead(), count=2)

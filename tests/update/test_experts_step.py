@@ -79,6 +79,7 @@ def test_meshes_change_nothing(mesh: MeshConfig) -> None:
     assert_same(step(mesh), reference())
 
 
+@pytest.mark.slow
 def test_choices_that_are_not_the_routers_own_are_replayed() -> None:
     _, replayed = reference()
     assert replayed["moe/free_choice_frac"] < 0.6
