@@ -94,7 +94,7 @@ def emulated(
     return output
 
 
-@pytest.mark.parametrize("name", [pytest.param("softmax", marks=pytest.mark.slow), "chosen"])
+@pytest.mark.parametrize("name", [pytest.param(n, marks=pytest.mark.slow) for n in ("softmax", "chosen")])
 def test_ragged_travel_is_the_same_travel(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(jax.lax, "ragged_all_to_all", emulated)
     (spec, activation), mesh = SPECS[name], MeshConfig(data=2, expert=4).build()

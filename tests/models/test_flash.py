@@ -75,7 +75,9 @@ def test_xla_needs_no_word(choice: Any, caplog: pytest.LogCaptureFixture) -> Non
     assert not caplog.records
 
 
-@pytest.mark.parametrize("name", ["mixed windows", pytest.param("one window", marks=pytest.mark.slow), "nope"])
+@pytest.mark.parametrize(
+    "name", ["nope", *(pytest.param(n, marks=pytest.mark.slow) for n in ("mixed windows", "one window"))]
+)
 def test_the_decoder_calls_flash_attention_as_it_should(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """The same call, computed by XLA: scales, windows of each block, groups of heads."""
     spec = {

@@ -57,7 +57,7 @@ def test_nothing_changes_at_the_start_bit_by_bit(name: str) -> None:
     np.testing.assert_array_equal(hidden(model, drawn), hidden(plain, base))
 
 
-@pytest.mark.parametrize("name", SPECS)
+@pytest.mark.parametrize("name", [pytest.param(n, marks=pytest.mark.slow) if n == "latent" else n for n in SPECS])
 def test_merged_weights_are_the_same_model(name: str) -> None:
     model, drawn = with_lora(SPECS[name], moved=True)
     plain = ModelDef(SPECS[name])

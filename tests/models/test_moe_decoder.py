@@ -63,7 +63,7 @@ def test_meshes_change_nothing(mesh: str, family: str) -> None:
     assert_same(logits_and_gradient(family, MESHES[mesh]), logits_and_gradient(family, None))
 
 
-@pytest.mark.parametrize("remat", ["dots", "full"])
+@pytest.mark.parametrize("remat", [pytest.param("dots", marks=pytest.mark.slow), "full"])
 def test_computing_again_changes_nothing(remat: Remat) -> None:
     assert_same(logits_and_gradient("deepseek_v3", None, remat), logits_and_gradient("deepseek_v3", None))
 

@@ -122,6 +122,7 @@ def mismatch(spec: DecoderSpec, params: Params, rows: tuple[Row, ...]) -> tuple[
     return float(gap.mean()), float(gap.max())
 
 
+@pytest.mark.slow
 def test_replay_brings_the_mismatch_to_that_of_a_dense_model() -> None:
     """Two of 32 experts of width 16 against an MLP of width 32; 96 tokens. Numbers of two seeds: docs/log.md."""
     shape: dict[str, Any] = {"layers": 4, "width": 32, "heads": 4, "kv_heads": 4, "head_width": 8, "vocab": VOCAB}

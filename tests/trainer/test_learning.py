@@ -1,4 +1,4 @@
-"""The learning test: configs/tiny.yaml, as committed and by its command, learns."""
+"""The learning tests: configs/tiny.yaml, by its command, learns."""
 
 from __future__ import annotations
 
@@ -6,25 +6,54 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import pytest
 
 from ppojax.runtime.metrics import read_metrics
 
 CONFIG = Path(__file__).parents[2] / "configs" / "tiny.yaml"
+ADAPTERS = (
+    "model.lora.rank=32",
+    "model.lora.alpha=32",
+    "critic.lora.rank=32",
+    "critic.lora.alpha=32",
+    "actor.optimizer.learning_rate=1e-3",
+    "critic.optimizer.learning_rate=3e-3",
+    "warm_start.steps=400",
+    "warm_start.optimizer.learning_rate=4e-3",
+    "warm_start.optimizer.schedule=cosine",
+    "warm_start.optimizer.decay_steps=400",
+)
+
+
+def learn(folder: Path, *overrides: str) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+    """Run the command as a user does; the rows of its steps, and the last row, which has the evaluation."""
+    plain = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
+    command = [sys.executable, "-m", "ppojax.train", f"config={CONFIG}", f"run.dir={folder}", *overrides]
+    done = subprocess.run(command, env=plain, cwd=CONFIG.parents[1], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    rows = read_metrics(folder / "tiny" / "metrics.jsonl")
+    return [row for row in rows if "reward/mean" in row], rows[-1]
 
 
 def test_tiny_learns_the_tool_call(tmp_path: Path) -> None:
     """From one success in three or less to over three in four; the critic explains returns before rewards settle."""
-    plain = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
-    command = [sys.executable, "-m", "ppojax.train", f"config={CONFIG}", f"run.dir={tmp_path}"]
-    done = subprocess.run(command, env=plain, cwd=CONFIG.parents[1], capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    rows = read_metrics(tmp_path / "tiny" / "metrics.jsonl")
-    steps, last = [row for row in rows if "reward/mean" in row], rows[-1]
+    steps, last = learn(tmp_path)
     reward = np.array([row["reward/mean"] for row in steps])
     varied = [row["critic/vf_explained_var"] for row in steps[2:] if row["reward/std"] > 0.2]
     assert reward[0] < 0.35, reward
     assert reward[-3:].mean() > 0.75, reward
     assert np.mean([v > 0 for v in varied]) > 0.7, varied
     assert last["val/success_low"] > 0.6, (reward, last)
+
+
+@pytest.mark.slow
+def test_tiny_learns_with_adapters_on_a_frozen_random_base(tmp_path: Path) -> None:
+    """Actor and critic: measured .22 -> .72 at step 2, mean .80 after it; explained variance 0 -> .45; greedy .86."""
+    steps, last = learn(tmp_path, *ADAPTERS)
+    reward = np.array([row["reward/mean"] for row in steps])
+    assert reward[0] < 0.4 and reward[-4:].mean() > 0.6, reward
+    assert np.mean([row["critic/vf_explained_var"] for row in steps[-3:]]) > 0.1
+    assert last["val/success_low"] > 0.5, (reward, last)

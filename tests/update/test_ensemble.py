@@ -78,7 +78,7 @@ OWNERS = {
 @pytest.mark.parametrize(
     ("head", "split", "share"),
     [
-        (HLGaussHead(bins=5), "responses", True),
+        pytest.param(HLGaussHead(bins=5), "responses", True, marks=pytest.mark.slow),
         pytest.param(LinearHead(), "none", True, marks=pytest.mark.slow),
         pytest.param(ArctanHead(), "prompts", False, marks=pytest.mark.slow),
     ],
