@@ -32,14 +32,14 @@ def tokenizer() -> Tokenizer:
 @pytest.fixture(scope="module")
 def smollm2() -> tuple[ModelDef, Params]:
     spec, params = read_gguf(find_smollm2())
-    return ModelDef(spec, remat=False), jax.tree.map(jnp.asarray, params)
+    return ModelDef(spec, remat="none"), jax.tree.map(jnp.asarray, params)
 
 
 def logits(smollm2: tuple[ModelDef, Params], ids: list[int]) -> np.ndarray:
     """Logits behind each token of a text, `[n, V]`."""
     model, params = smollm2
     token_BT = jnp.zeros((1, LENGTH), jnp.int32).at[0, : len(ids)].set(jnp.array(ids, jnp.int32))
-    run = jax.jit(lambda p, t: hidden_states(model, p, t, positions(t))[0][0] @ head_VD(p).T)
+    run = jax.jit(lambda p, t: hidden_states(model, p, t, positions(t)).hidden_BTD[0] @ head_VD(p).T)
     return np.asarray(run(params, token_BT))[: len(ids)]
 
 
