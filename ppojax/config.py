@@ -73,7 +73,9 @@ class RunConfig(Component):
     dir: str = Field(default="runs", min_length=1, description="folder that holds runs")
     tensorboard: bool = Field(default=True, description="also write the metrics for TensorBoard")
     keep_memory: bool = Field(
-        default=True, description="on CPU, keep freed memory for the next step instead of returning it to the system"
+        default=True,
+        description="keep freed host memory for the next step instead of returning it to the system: a third faster on "
+        "CPU, and a larger process; without use where only accelerators compute",
     )
     compilation_cache: str | None = Field(
         default=None, description="folder that keeps compiled programs for the next start; it holds native code"
