@@ -60,21 +60,6 @@ def gemm_rate(seconds: float = 0.5) -> float:
     return 2 * 1024 * 1536 * 1536 / best / 1e9
 
 
-def actor_flops(trainer: Any, experience: Any, layout: Any) -> float:
-    """FLOPs of one pass of the actor's update (see `ppojax.models.flops`).
-
-    Positions are those that are computed (a shared prompt once, padding included); what remat computes again is not
-    counted, so the share of the matrix rate is of useful work.
-    """
-    from ppojax.models.flops import update_flops
-
-    rows, length = experience.token_BT.shape
-    rest = length - layout.prefix
-    positions = rows * rest + rows // layout.group * layout.prefix
-    pairs = rows * rest * length + rows // layout.group * layout.prefix**2
-    return update_flops(trainer.parts.actor.spec, positions, pairs, experience.action_index_BA.size)
-
-
 def gradient_seconds(trainer: Any, batch: Any, layout: Any, repeats: int) -> float:
     """Seconds of the forward and backward passes over a whole batch: the actor's update without its optimizer."""
     import jax
@@ -113,6 +98,7 @@ def measure(shape: str, repeats: int, cache: str) -> dict[str, Any]:
 
     from ppojax.config import Config
     from ppojax.experience.pack import layout_of
+    from ppojax.models.flops import experience_flops
     from ppojax.runtime.compiling import compile_metrics
     from ppojax.trainer import Trainer
 
@@ -129,7 +115,8 @@ def measure(shape: str, repeats: int, cache: str) -> dict[str, Any]:
         out = trainer.step()
         steps.append(out)
     layout = layout_of(out.rollout.rows, group=config.rollout.group_size, prompt_bucket=config.rollout.prompt_bucket)
-    flops = actor_flops(trainer, out.batch.experience, layout) * config.update.epochs
+    # Of useful work: what remat computes again is not counted.
+    flops = experience_flops(trainer.parts.actor.spec, out.batch.experience, layout) * config.update.epochs
     gradient = gradient_seconds(trainer, out.batch, layout, repeats)
     parts = ("gen", "values", "update_critic", "update_actor", "step")
     seconds = {name: statistics.median(s.metrics[f"timing_s/{name}"] for s in steps) for name in parts}

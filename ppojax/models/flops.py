@@ -6,6 +6,7 @@ import math
 
 from ppojax.models import parameters
 from ppojax.models.spec import DecoderSpec
+from ppojax.types import Experience, Layout
 
 # Dense bfloat16 peak of one device in FLOP/s, from the vendors' data sheets, by what jax calls the device.
 PEAK = {
@@ -44,6 +45,15 @@ def update_flops(spec: DecoderSpec, positions: int, pairs: int, scored: int) -> 
         weights += (spec.layers - with_experts) * block_weights(spec, False)
     attention = spec.layers * spec.heads * (spec.key_width + spec.value_width) * pairs
     return 6.0 * (positions * weights + scored * spec.vocab * spec.width + attention)
+
+
+def experience_flops(spec: DecoderSpec, experience: Experience, layout: Layout) -> float:
+    """FLOPs of one pass of the policy's update: padding is counted, a shared prompt once."""
+    rows, length = experience.token_BT.shape
+    own, prompts = length - layout.prefix, rows // layout.group  # what is read of a row, and shared prompts
+    positions = rows * own + prompts * layout.prefix
+    pairs = rows * own * length + prompts * layout.prefix**2
+    return update_flops(spec, positions, pairs, experience.action_index_BA.size)
 
 
 def peak_flops(device_kind: str) -> float | None:

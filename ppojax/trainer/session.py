@@ -95,7 +95,7 @@ def _loop(
         if done or stop or config.checkpoint.due(out.step):
             begin = time.perf_counter()
             checkpoints.save(out.step, trainer.state(), trainer.position(), block=done or stop)
-            # Told with the next step: this one is in the log, or a kill while saving would lose it.
+            # Told with the next step: this step's row is written before its checkpoint is, so that a kill spares it.
             saving = {"ckpt/step": float(out.step), "ckpt/blocked_s": time.perf_counter() - begin}
             if (done or stop) and checkpoints.latest() != out.step:
                 raise CannotWriteError(

@@ -19,7 +19,7 @@ from ppojax.experience.minibatch import minibatches
 from ppojax.experience.pack import layout_of, pack
 from ppojax.experience.score import Scorers, score
 from ppojax.experience.summary import advantage_metrics, rollout_metrics
-from ppojax.models.flops import peak_flops, update_flops
+from ppojax.models.flops import experience_flops, peak_flops
 from ppojax.models.forward import Params
 from ppojax.models.lora import combine, fingerprint, merge
 from ppojax.models.pretrained import Loaded
@@ -254,16 +254,10 @@ class Trainer:
         seconds = self._seconds.get("update_actor")
         if not seconds:
             return {}
-        rows, length = experience.token_BT.shape
-        own, prompts = length - layout.prefix, rows // layout.group  # what is read of a row, and shared prompts
-        positions = rows * own + prompts * layout.prefix
-        pairs = rows * own * length + prompts * layout.prefix**2
-        scored = experience.action_index_BA.size
-        flops = self.config.update.epochs * update_flops(self.parts.actor.spec, positions, pairs, scored)
-        devices = self.parts.mesh.devices.flat
-        peak = peak_flops(devices[0].device_kind)
-        done = {"perf/actor_tflops": flops / seconds / self.parts.mesh.size / 1e12}
-        return done if peak is None else done | {"perf/mfu": done["perf/actor_tflops"] * 1e12 / peak}
+        flops = self.config.update.epochs * experience_flops(self.parts.actor.spec, experience, layout)
+        rate, peak = flops / seconds / self.parts.mesh.size, peak_flops(self.parts.mesh.devices.flat[0].device_kind)
+        done = {"perf/actor_tflops": rate / 1e12}
+        return done if peak is None else done | {"perf/mfu": rate / peak}
 
     @contextmanager
     def _timed(self, name: str) -> Iterator[None]:
