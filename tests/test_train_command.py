@@ -22,6 +22,7 @@ from ppojax.cli import run_command
 from ppojax.models.tokenizer import char_tokenizer
 from ppojax.runtime.checkpoint import Checkpoints
 from ppojax.runtime.metrics import read_metrics
+from ppojax.runtime.transcripts import read_transcripts
 from ppojax.train import main
 from ppojax.trainer import Trainer
 from tiny_config import tiny, tiny_run
@@ -110,7 +111,8 @@ def test_a_run_that_was_killed_or_stopped_goes_on_as_if_it_had_not(tmp_path: Pat
 
 
 def test_a_run_leaves_what_it_promises(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    arguments = tiny_run(tmp_path, "steps=2", "eval.every=2", "eval.prompts=2", "checkpoint.every=1")
+    overrides = ("steps=2", "eval.every=2", "eval.prompts=2", "checkpoint.every=1", "loss.anchor=old")
+    arguments = tiny_run(tmp_path, *overrides)
     assert run_command(main, arguments) == 0
     run = tmp_path / "run"
     assert {path.name for path in run.iterdir()} == {
@@ -118,15 +120,15 @@ def test_a_run_leaves_what_it_promises(tmp_path: Path, capsys: pytest.CaptureFix
     }  # fmt: skip
     assert [path.name for path in sorted((run / "rollouts").iterdir())] == ["step_000001.jsonl", "step_000002.jsonl"]
     assert {path.name for path in (run / "checkpoints").iterdir()} == {"1", "2"}
-    assert (
-        tiny(f"run.dir={tmp_path}", "steps=2", "eval.every=2", "eval.prompts=2", "checkpoint.every=1").to_yaml()
-        == (run / "config.yaml").read_text()
-    )
+    assert tiny(f"run.dir={tmp_path}", *overrides).to_yaml() == (run / "config.yaml").read_text()
     logged = read_metrics(run / "metrics.jsonl")
     assert [row["step"] for row in logged] == [0, 1, 2]
     assert "val/success" in logged[0] and "val/success" in logged[2] and "val/success" not in logged[1]
     assert "ckpt/step" not in logged[1] and logged[2]["ckpt/step"] == 1 and logged[2]["ckpt/blocked_s"] > 0
     assert logged[1]["perf/actor_tflops"] > 0
+    for row in read_transcripts(run / "rollouts" / "step_000002.jsonl"):
+        # The trainer's own log-probability over the sampler's: of the same weights, so 1 where the policy chose.
+        assert row["ratio"] == pytest.approx([float(a) for a in row["action"]], abs=1e-4)
     out, err = capsys.readouterr()
     assert str(run) in out.replace("\n", "") and err == ""
     # The directory is taken now.
