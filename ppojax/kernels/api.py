@@ -1,22 +1,20 @@
 """The door to the vocabulary-wide token statistics: checks the arguments, picks the implementation.
 
-`tiled`, the default, holds the logits of a few hundred rows at a time, or of all rows where they are few; `reference`
-holds them all, and is what the others are tested against. On a mesh of several devices the vocabulary is split over its
-`tensor` axis and the rows over the others; only `tiled` does that.
+`tiled`, the default, holds the logits of a few hundred rows at a time, or of all rows where they are few;
+`pallas_gpu`, `pallas_tpu` and `triton` do the same with their own passes over each tile; `reference` holds all logits,
+and is what the others are tested against. On a mesh of several devices the vocabulary is split over its `tensor` axis
+and the rows over the others; `reference` does not do that.
 """
 
 from __future__ import annotations
-
-from typing import Literal
 
 import jax
 
 from ppojax.kernels import reference as whole
 from ppojax.kernels import sharded, tiled
-from ppojax.kernels.rows import Ask
+from ppojax.kernels.dispatch import Implementation, choose, platform_of
+from ppojax.kernels.sweeps import Ask
 from ppojax.types import TokenStats
-
-Implementation = Literal["reference", "tiled"]
 
 
 def token_stats(
@@ -54,7 +52,8 @@ def token_stats(
     gradient of its own.
 
     Raises ValueError for a `temperature` or `softcap` that is not positive, shapes that disagree, a divergence that has
-    no reference, and a mesh that does not divide the vocabulary.
+    no reference, a mesh that does not divide the vocabulary, and an implementation that does not run here. One that
+    runs here but cannot take such a vocabulary gives way to `tiled`, with one warning.
     """
     _check(hidden_ND, head_VD, target_N, reference, topk_id_NK, temperature, softcap)
     ask = Ask(entropy, kl, reverse_kl, tv)
@@ -73,12 +72,13 @@ def token_stats(
             **ask._asdict(),
         )
     inputs = tiled.Inputs(hidden_ND, head_VD, target_N, *(reference or (None, None)), topk_id_NK)
-    if mesh is None or mesh.size == 1:
-        return tiled.token_stats(inputs, temperature=temperature, softcap=softcap, ask=ask)
-    parts = mesh.shape[sharded.VOCABULARY]
+    parts = 1 if mesh is None else mesh.shape[sharded.VOCABULARY]
     if head_VD.shape[0] % parts:
         raise ValueError(f"token_stats: mesh.{sharded.VOCABULARY} = {parts} does not divide V = {head_VD.shape[0]}")
-    return sharded.token_stats(inputs, temperature=temperature, softcap=softcap, ask=ask, mesh=mesh)
+    sweeps = choose(implementation, platform_of(mesh), head_VD.shape[0] // parts)
+    if mesh is None or mesh.size == 1:
+        return tiled.token_stats(inputs, temperature=temperature, softcap=softcap, ask=ask, sweeps=sweeps)
+    return sharded.token_stats(inputs, temperature=temperature, softcap=softcap, ask=ask, mesh=mesh, sweeps=sweeps)
 
 
 def _check(

@@ -1,4 +1,4 @@
-"""The mathematics of one tile of logits, row by row: statistics, and the gradient of all of them in one expression.
+"""The mathematics of one tile of logits: statistics, and the gradient of all of them in one expression.
 
 With p the policy's distribution, q the reference's, and g, h, a, b, c, t_k the cotangents of logp, entropy, KL(p||q),
 KL(q||p), TV and the top-K log-probabilities,
@@ -7,7 +7,8 @@ KL(q||p), TV and the top-K log-probabilities,
                            + c/2 (sign(p_v - q_v) - E_p[sign(p - q)]) )
                      - b q_v + g 1[v = target] + sum_k t_k 1[v = id_k]
 
-so one sweep over a tile serves every statistic, given a few numbers a row: `Residuals`.
+so one sweep over a tile serves every statistic, given a few numbers a row: `Residuals`. The sweeps are in
+`ppojax.kernels.sweeps`; here they are put together, over the parts of a split vocabulary too.
 """
 
 from __future__ import annotations
@@ -18,21 +19,8 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from ppojax.kernels.sweeps import Ask, Line, Normal, Slope, Sweeps
 from ppojax.types import TokenStats
-
-
-class Ask(NamedTuple):
-    """Which statistics are computed, besides logp."""
-
-    entropy: bool = False
-    kl: bool = False
-    reverse_kl: bool = False
-    tv: bool = False
-
-    @property
-    def reference(self) -> bool:
-        """Whether any of them compares with a reference."""
-        return self.kl or self.reverse_kl or self.tv
 
 
 @dataclass(frozen=True)
@@ -62,25 +50,11 @@ WHOLE = Split()
 class Residuals(NamedTuple):
     """What the backward needs of a row, beside its logits; None where it was not asked for."""
 
-    lse: Any
-    lse_reference: Any
+    normal: Normal
+    other: Normal | None  # the reference's
     entropy: Any
     kl: Any
-    sign: Any  # E_p[sign(p - q)]
-
-
-def divergence(p: jax.Array, q: jax.Array, gap: jax.Array) -> jax.Array:
-    """The terms of KL(p||q) with gap = log p/q, each at least 0: p gap - p + q, whose last two sum to nothing.
-
-    Where p and q nearly agree the three cancel, and their series p (gap^2/2 - gap^3/6 + ...) stands in.
-    """
-    series = jnp.square(gap) * (0.5 - gap * (1 / 6 - gap * (1 / 24 - gap / 120)))
-    return jnp.where(jnp.abs(gap) < 0.1, p * series, p * gap - p + q)
-
-
-def side(gap: jax.Array) -> jax.Array:
-    """sign(p - q), from gap = log p/q; 0 where only the rounding of logits of order 10 tells the two apart."""
-    return jnp.where(jnp.abs(gap) < 2e-6, 0.0, jnp.sign(gap))
+    side: Any  # E_p[sign(p - q)]
 
 
 def _pick(x_nV: jax.Array, place_nK: jax.Array) -> jax.Array:
@@ -89,12 +63,25 @@ def _pick(x_nV: jax.Array, place_nK: jax.Array) -> jax.Array:
     return jnp.where(place_nK >= 0, found_nK, 0.0)
 
 
-def _normalise(z_nV: jax.Array, split: Split) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
-    """Logits below the row's maximum, their exponentials, those's sum, and the maximum."""
-    max_n = split.max(jnp.max(z_nV, axis=-1))
-    shifted_nV = z_nV - max_n[:, None]
-    exp_nV = jnp.exp(shifted_nV)
-    return shifted_nV, exp_nV, split.sum(jnp.sum(exp_nV, axis=-1)), max_n
+def _log_probability(z_nV: jax.Array, id_nK: jax.Array, normal: Normal, split: Split) -> jax.Array:
+    """Log-probabilities of words by their ids, wherever they lie; -log_total where an id is no word."""
+    place_nK = split.local(id_nK, z_nV.shape[-1])
+    shifted_nK = jnp.where(place_nK >= 0, _pick(z_nV, place_nK) - normal.max[:, None], 0.0)
+    return split.sum(shifted_nK) - normal.log_total[:, None]
+
+
+def _normalise(z_nV: jax.Array, sweeps: Sweeps, split: Split, *, entropy: bool) -> tuple[Normal, jax.Array | None]:
+    """The row's normaliser over all parts, and its entropy where that is asked for."""
+    part = sweeps.mass(z_nV, weighted=entropy)
+    max_n = split.max(part.max)
+    below_n = part.max - max_n  # of this part's maximum below the row's
+    scale_n = jnp.exp(below_n)
+    total_n = split.sum(part.total * scale_n)
+    normal = Normal(max_n, jnp.log(total_n))
+    if part.weighted is None:
+        return normal, None
+    weighted_n = split.sum(scale_n * (part.weighted + below_n * part.total))
+    return normal, normal.log_total - weighted_n / total_n
 
 
 def statistics(
@@ -103,38 +90,44 @@ def statistics(
     target_n: jax.Array,
     id_nK: jax.Array | None,
     ask: Ask,
+    sweeps: Sweeps,
     split: Split = WHOLE,
 ) -> tuple[TokenStats, Residuals]:
     """Statistics of rows of float32 logits `z` (the policy's) and `y` (the reference's).
 
     Everything is taken relative to the rows' maxima, so that nothing cancels when logits are large.
     """
-    width = z_nV.shape[-1]
-    shifted_nV, exp_nV, total_n, max_n = _normalise(z_nV, split)
-    log_total_n = jnp.log(total_n)
-    place_n1 = split.local(target_n, width)[:, None]
-    logp_n = split.sum(_pick(shifted_nV, place_n1)[:, 0]) - log_total_n
-    entropy_n = log_total_n - split.sum(jnp.sum(exp_nV * shifted_nV, axis=-1)) / total_n if ask.entropy else None
-    topk_nK = None
+    normal, entropy_n = _normalise(z_nV, sweeps, split, entropy=ask.entropy)
+    stats = TokenStats(_log_probability(z_nV, target_n[:, None], normal, split)[:, 0], entropy_n)
     if id_nK is not None:
-        topk_nK = split.sum(_pick(shifted_nV, split.local(id_nK, width))) - log_total_n[:, None]
-        topk_nK = jnp.where(id_nK >= 0, topk_nK, 0.0)
-    kl_n = reverse_n = tv_n = sign_n = lse_reference_n = None
-    if ask.reference:
-        assert y_nV is not None
-        other_nV, other_exp_nV, other_total_n, other_max_n = _normalise(y_nV, split)
-        lse_reference_n = other_max_n + jnp.log(other_total_n)
-        p_nV, q_nV = exp_nV / total_n[:, None], other_exp_nV / other_total_n[:, None]
-        gap_nV = (shifted_nV - log_total_n[:, None]) - (other_nV - jnp.log(other_total_n)[:, None])
-        if ask.kl:
-            kl_n = split.sum(jnp.sum(divergence(p_nV, q_nV, gap_nV), axis=-1))
-        if ask.reverse_kl:
-            reverse_n = split.sum(jnp.sum(divergence(q_nV, p_nV, -gap_nV), axis=-1))
-        if ask.tv:
-            tv_n = 0.5 * split.sum(jnp.sum(jnp.abs(p_nV - q_nV), axis=-1))
-            sign_n = split.sum(jnp.sum(p_nV * side(gap_nV), axis=-1))
-    stats = TokenStats(logp_n, entropy_n, kl_n, reverse_n, tv_n, topk_nK)
-    return stats, Residuals(max_n + log_total_n, lse_reference_n, entropy_n, kl_n, sign_n)
+        logp_nK = _log_probability(z_nV, id_nK, normal, split)
+        stats = stats._replace(topk_logp=jnp.where(id_nK >= 0, logp_nK, 0.0))
+    if not ask.reference:
+        return stats, Residuals(normal, None, entropy_n, None, None)
+    assert y_nV is not None
+    other, _ = _normalise(y_nV, sweeps, split, entropy=False)
+    gaps = jax.tree.map(split.sum, sweeps.gaps(z_nV, y_nV, normal, other, ask=ask))
+    tv_n = None if gaps.tv is None else 0.5 * gaps.tv
+    stats = stats._replace(kl=gaps.kl, reverse_kl=gaps.reverse_kl, tv=tv_n)
+    return stats, Residuals(normal, other, entropy_n, gaps.kl, gaps.side)
+
+
+def _line(id_nK: jax.Array | None, residuals: Residuals, cotangent: Any, ask: Ask) -> Line:
+    """Gather what of a row's gradient does not depend on the word."""
+    constant_n = -cotangent.logp
+    if id_nK is not None:
+        constant_n = constant_n - jnp.sum(jnp.where(id_nK >= 0, cotangent.topk_logp, 0.0), axis=-1)
+    line = Line(cotangent.logp, constant_n)
+    if ask.entropy:
+        line = line._replace(entropy=-cotangent.entropy, constant=line.constant - cotangent.entropy * residuals.entropy)
+    if ask.kl:
+        line = line._replace(kl=cotangent.kl, constant=line.constant - cotangent.kl * residuals.kl)
+    if ask.reverse_kl:
+        line = line._replace(reverse_kl=cotangent.reverse_kl, constant=line.constant + cotangent.reverse_kl)
+    if ask.tv:
+        half_n = 0.5 * cotangent.tv
+        line = line._replace(tv=half_n, constant=line.constant - half_n * residuals.side)
+    return line
 
 
 def gradient(
@@ -145,37 +138,19 @@ def gradient(
     residuals: Residuals,
     cotangent: Any,
     ask: Ask,
+    sweeps: Sweeps,
+    slope: Slope,
+    dtype: jnp.dtype,
     split: Split = WHOLE,
 ) -> jax.Array:
-    """d loss / d z, `[n, V]` float32: the expression at the top of this file."""
-    logp_nV = z_nV - residuals.lse[:, None]
-    p_nV = jnp.exp(logp_nV)
-    d_logp_n = cotangent.logp
-    minus_n = (
-        d_logp_n if id_nK is None else d_logp_n + jnp.sum(jnp.where(id_nK >= 0, cotangent.topk_logp, 0.0), axis=-1)
-    )
-    bracket_nV = jnp.broadcast_to(-minus_n[:, None], logp_nV.shape)
-    if ask.entropy:
-        bracket_nV = bracket_nV - cotangent.entropy[:, None] * (logp_nV + residuals.entropy[:, None])
-    q_nV = None
-    if ask.reference:
-        assert y_nV is not None
-        log_q_nV = y_nV - residuals.lse_reference[:, None]
-        q_nV = jnp.exp(log_q_nV)
-        if ask.kl:
-            bracket_nV = bracket_nV + cotangent.kl[:, None] * (logp_nV - log_q_nV - residuals.kl[:, None])
-        if ask.reverse_kl:
-            bracket_nV = bracket_nV + cotangent.reverse_kl[:, None]
-        if ask.tv:
-            sign_nV = side(logp_nV - log_q_nV) - residuals.sign[:, None]
-            bracket_nV = bracket_nV + (0.5 * cotangent.tv)[:, None] * sign_nV
-    place_n = split.local(target_n, z_nV.shape[-1])
-    hit_nV = jax.lax.broadcasted_iota(jnp.int32, z_nV.shape, 1) == place_n[:, None]
-    d_z_nV = jnp.where(hit_nV, d_logp_n[:, None], 0.0) + p_nV * bracket_nV
-    if ask.reverse_kl:
-        d_z_nV = d_z_nV - cotangent.reverse_kl[:, None] * q_nV
-    if id_nK is not None:
-        place_nK = split.local(id_nK, z_nV.shape[-1])
-        d_nK = jnp.where(place_nK >= 0, cotangent.topk_logp, 0.0)
-        d_z_nV = d_z_nV.at[jnp.arange(z_nV.shape[0])[:, None], jnp.maximum(place_nK, 0)].add(d_nK)
-    return d_z_nV
+    """d loss / d x of the head's product x, `[n, V]` in `dtype`: the expression at the top of this file times dz/dx."""
+    width = z_nV.shape[-1]
+    line = _line(id_nK, residuals, cotangent, ask)
+    place_n = split.local(target_n, width)
+    d_x_nV = sweeps.gradient(z_nV, y_nV, residuals.normal, residuals.other, line, place_n, slope=slope, dtype=dtype)
+    if id_nK is None:
+        return d_x_nV
+    place_nK = split.local(id_nK, width)
+    d_nK = jnp.where(place_nK >= 0, cotangent.topk_logp, 0.0) * slope(_pick(z_nV, place_nK))
+    row_n1 = jnp.arange(z_nV.shape[0])[:, None]
+    return d_x_nV.at[row_n1, jnp.maximum(place_nK, 0)].add(d_nK.astype(dtype))

@@ -14,7 +14,8 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
 from ppojax.kernels import tiled
-from ppojax.kernels.rows import Ask, Residuals, Split
+from ppojax.kernels.rows import Residuals, Split
+from ppojax.kernels.sweeps import XLA, Ask, Normal, Sweeps
 from ppojax.kernels.tiled import Inputs, Plan, Saved
 from ppojax.mesh import RULES
 from ppojax.types import TokenStats
@@ -30,6 +31,7 @@ def token_stats(
     softcap: float | None,
     ask: Ask,
     mesh: jax.sharding.Mesh,
+    sweeps: Sweeps = XLA,
     rows_per_tile: int | None = None,
 ) -> TokenStats:
     """Compute `ppojax.kernels.token_stats` on a mesh; its `tensor` axis must divide the vocabulary."""
@@ -41,7 +43,7 @@ def token_stats(
     local = _map_rows(lambda x: jax.ShapeDtypeStruct((x.shape[0] // shards, *x.shape[1:]), x.dtype), padded)
     words = inputs.head_VD.shape[0] // mesh.shape[VOCABULARY]
     local = local._replace(head_VD=jax.ShapeDtypeStruct((words, *inputs.head_VD.shape[1:]), inputs.head_VD.dtype))
-    plan = tiled.plan(local, temperature, softcap, ask, rows_per_tile, Split(VOCABULARY))
+    plan = tiled.plan(local, temperature, softcap, ask, sweeps, rows_per_tile, Split(VOCABULARY))
     return jax.tree.map(lambda x: x[:rows], _token_stats(plan, mesh, padded))
 
 
@@ -64,8 +66,8 @@ def _output_specs(plan: Plan, inputs: Inputs) -> tuple[Any, Saved]:
     ask = plan.ask
     asked = (ask.entropy, ask.kl, ask.reverse_kl, ask.tv, inputs.id_NK is not None)
     stats = TokenStats(row, *(row if x else None for x in asked))
-    needed = (ask.reference, ask.entropy, ask.kl, ask.tv)
-    residuals = Residuals(row, *(row if x else None for x in needed))
+    normal, needed = Normal(row, row), (ask.entropy, ask.kl, ask.tv)
+    residuals = Residuals(normal, normal if ask.reference else None, *(row if x else None for x in needed))
     kept = PartitionSpec(ROWS, VOCABULARY) if plan.tiles == 1 else None
     return stats, Saved(residuals, kept, kept if ask.reference else None)
 

@@ -1,9 +1,10 @@
 """Token statistics over tiles of rows: the logits of one tile live at a time, in the forward and in the backward.
 
-The mathematics of a tile is in `ppojax.kernels.rows`. A tile's logits are recomputed in the backward: a fourth product
-beside the three of the naive way (a reference's too: six instead of four, none of which is for its gradient). Only
-when all the logits fit in `KEEP_BYTES` is there a single tile, and it is kept instead. Capped logits,
-z = cap tanh(x / cap) / temperature, need nothing more: dz/dx is (1 - (z temperature / cap)^2) / temperature.
+The mathematics of a tile is in `ppojax.kernels.rows`, its passes over the words in `ppojax.kernels.sweeps`. A tile's
+logits are recomputed in the backward: a fourth product beside the three of the naive way (a reference's too: six
+instead of four, none of which is for its gradient). Only when all the logits fit in `KEEP_BYTES` is there a single
+tile, and it is kept instead. Capped logits, z = cap tanh(x / cap) / temperature, need nothing more: dz/dx is
+(1 - (z temperature / cap)^2) / temperature.
 
 Peak temporary memory, besides the head's gradient in float32 (twice): a few tiles, or a few times the kept logits.
 """
@@ -17,7 +18,8 @@ import jax
 import jax.numpy as jnp
 
 from ppojax.kernels.reference import logits, product_dtype
-from ppojax.kernels.rows import WHOLE, Ask, Residuals, Split, gradient, statistics
+from ppojax.kernels.rows import WHOLE, Residuals, Split, gradient, statistics
+from ppojax.kernels.sweeps import XLA, Ask, Slope, Sweeps
 from ppojax.types import TokenStats
 
 # Bytes of one tile of float32 logits. Each tile adds a [V, D] product to the head's gradient, so small tiles are bound
@@ -48,6 +50,7 @@ class Plan(NamedTuple):
     softcap: float | None
     ask: Ask
     tiles: int
+    sweeps: Sweeps = XLA
     split: Split = WHOLE
 
 
@@ -70,10 +73,16 @@ def tile_rows(rows: int, vocabulary: int) -> int:
 
 
 def token_stats(
-    inputs: Inputs, *, temperature: float, softcap: float | None, ask: Ask, rows_per_tile: int | None = None
+    inputs: Inputs,
+    *,
+    temperature: float,
+    softcap: float | None,
+    ask: Ask,
+    sweeps: Sweeps = XLA,
+    rows_per_tile: int | None = None,
 ) -> TokenStats:
     """Compute `ppojax.kernels.token_stats` tile by tile; `rows_per_tile` overrides the byte budget."""
-    return _token_stats(plan(inputs, temperature, softcap, ask, rows_per_tile), inputs)
+    return _token_stats(plan(inputs, temperature, softcap, ask, sweeps, rows_per_tile), inputs)
 
 
 def plan(
@@ -81,13 +90,14 @@ def plan(
     temperature: float,
     softcap: float | None,
     ask: Ask,
+    sweeps: Sweeps = XLA,
     rows_per_tile: int | None = None,
     split: Split = WHOLE,
 ) -> Plan:
     """Choose the tiles; a reference's logits share the budget."""
     rows, vocabulary = inputs.hidden_ND.shape[0], inputs.head_VD.shape[0]
     per_tile = tile_rows(rows, vocabulary * (2 if ask.reference else 1)) if rows_per_tile is None else rows_per_tile
-    return Plan(temperature, softcap, ask, max(1, -(-rows // max(per_tile, 1))), split)
+    return Plan(temperature, softcap, ask, max(1, -(-rows // max(per_tile, 1))), sweeps, split)
 
 
 def _to_tiles(x: jax.Array, tiles: int) -> jax.Array:
@@ -119,7 +129,7 @@ def forward(plan: Plan, inputs: Inputs) -> tuple[TokenStats, Saved]:
         hidden_nD, target_n, reference_nD, id_nK = row
         z_nV = logits(hidden_nD, inputs.head_VD, plan.temperature, plan.softcap)
         y_nV = _reference_logits(reference_nD, inputs, plan)
-        stats, residuals = statistics(z_nV, y_nV, target_n, id_nK, plan.ask, plan.split)
+        stats, residuals = statistics(z_nV, y_nV, target_n, id_nK, plan.ask, plan.sweeps, plan.split)
         return carry, (stats, Saved(residuals, z_nV if keep else None, y_nV if keep else None))
 
     per_row = (inputs.hidden_ND, inputs.target_N, inputs.reference_hidden_ND, inputs.id_NK)
@@ -138,12 +148,21 @@ def backward(plan: Plan, inputs: Inputs, saved: Saved, cotangent: TokenStats) ->
         if z_nV is None:
             z_nV = logits(hidden_nD, inputs.head_VD, plan.temperature, plan.softcap)
         y_nV = _reference_logits(reference_nD, inputs, plan) if saved.y_NV is None else saved.y_NV
-        d_z_nV = gradient(z_nV, y_nV, target_n, id_nK, saved.residuals, cotangent, plan.ask, plan.split)
-        if plan.softcap is not None:
-            d_z_nV = d_z_nV * (1.0 - jnp.square(z_nV * (plan.temperature / plan.softcap)))
-        d_z_nV = (d_z_nV if plan.temperature == 1.0 else d_z_nV / plan.temperature).astype(dtype)
-        d_hidden_nD = jnp.matmul(d_z_nV, head_in_dtype_VD, preferred_element_type=jnp.float32)
-        d_head_VD += jnp.matmul(d_z_nV.T, hidden_nD.astype(dtype), preferred_element_type=jnp.float32)
+        d_x_nV = gradient(
+            z_nV,
+            y_nV,
+            target_n,
+            id_nK,
+            saved.residuals,
+            cotangent,
+            plan.ask,
+            plan.sweeps,
+            Slope(plan.temperature, plan.softcap),
+            dtype,
+            plan.split,
+        )
+        d_hidden_nD = jnp.matmul(d_x_nV, head_in_dtype_VD, preferred_element_type=jnp.float32)
+        d_head_VD += jnp.matmul(d_x_nV.T, hidden_nD.astype(dtype), preferred_element_type=jnp.float32)
         return d_head_VD, d_hidden_nD if plan.split.axis else d_hidden_nD.astype(inputs.hidden_ND.dtype)
 
     per_row = (inputs.hidden_ND, inputs.target_N, inputs.reference_hidden_ND, inputs.id_NK)

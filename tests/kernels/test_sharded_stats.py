@@ -9,7 +9,7 @@ import pytest
 
 from kernels.cases import EVERY, STATISTICS, case, compare, exact, run
 from ppojax.kernels import sharded, token_stats
-from ppojax.kernels.rows import Ask
+from ppojax.kernels.sweeps import Ask
 from ppojax.kernels.tiled import Inputs
 from ppojax.mesh import MeshConfig
 

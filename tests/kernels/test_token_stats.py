@@ -10,7 +10,8 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jax.test_util import check_grads
 
 from kernels.cases import EVERY, STATISTICS, Case, case, compare, exact, run
-from ppojax.kernels import rows, tiled, token_stats
+from ppojax.kernels import tiled, token_stats
+from ppojax.kernels.sweeps import Ask
 
 # float32 sums over up to 1000 terms of order 1; logits of 80 carry an absolute rounding of 80 * 2^-24 = 5e-6.
 TIGHT = {"rtol": 2e-5, "atol": 2e-5}
@@ -23,7 +24,7 @@ def by_tiles(rows_per_tile: int):
     def function(hidden, head, target, *, reference=None, topk_id_NK=None, temperature=1.0, softcap=None, **asked):
         inputs = tiled.Inputs(hidden, head, target, *(reference or (None, None)), topk_id_NK)
         settings = {"temperature": temperature, "softcap": softcap, "rows_per_tile": rows_per_tile}
-        return tiled.token_stats(inputs, ask=rows.Ask(**asked), **settings)
+        return tiled.token_stats(inputs, ask=Ask(**asked), **settings)
 
     return function
 
