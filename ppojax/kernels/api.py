@@ -61,16 +61,8 @@ def token_stats(
         raise ValueError("token_stats: kl, reverse_kl and tv compare with a reference: give reference=(hidden, head)")
     reference = reference if ask.reference else None
     if implementation == "reference":
-        return whole.token_stats(
-            hidden_ND,
-            head_VD,
-            target_N,
-            reference,
-            topk_id_NK,
-            temperature=temperature,
-            softcap=softcap,
-            **ask._asdict(),
-        )
+        settings = {"temperature": temperature, "softcap": softcap} | ask._asdict()
+        return whole.token_stats(hidden_ND, head_VD, target_N, reference, topk_id_NK, **settings)
     inputs = tiled.Inputs(hidden_ND, head_VD, target_N, *(reference or (None, None)), topk_id_NK)
     parts = 1 if mesh is None else mesh.shape[sharded.VOCABULARY]
     if head_VD.shape[0] % parts:
