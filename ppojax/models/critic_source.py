@@ -68,7 +68,7 @@ def _trunk(config: CriticModelConfig, actor: Loaded, lora: LoRAConfig | None) ->
         trunk, theirs = cut_trunk(actor.model.spec, actor.params, config.layers), actor.model.lora
         if theirs is not None and lora is None:
             trunk = merge(trunk, theirs, "float32")
-        elif theirs is not None and lora != theirs:
+        elif theirs is not None and not theirs.fits(lora):
             # Not merged: a frozen trunk is what a resumed run reads again, whatever the actor has learnt.
             trunk = split(trunk, theirs)[1]
         return cut_spec(actor.model.spec, config.layers), trunk

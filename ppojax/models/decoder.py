@@ -24,7 +24,7 @@ from ppojax.models.activation import gated
 from ppojax.models.attention import KeyValue, Masks, Packing, Scores, attention, masks
 from ppojax.models.flash import flash, use_flash
 from ppojax.models.linear import linear
-from ppojax.models.lora import LoRAConfig
+from ppojax.models.lora import LoRAConfig, drop
 from ppojax.models.moe import CHOICE, mix
 from ppojax.models.rope import Turn, rotary, rotate
 from ppojax.models.spec import AttentionChoice, DecoderSpec, Remat
@@ -123,6 +123,7 @@ class Block:
     mesh: jax.sharding.Mesh | None = None  # over which tokens travel to their experts
     flash: Flash | None = None  # attends in place of `attention`
     lora: LoRAConfig | None = None
+    key_B: jax.Array | None = None  # of the adapters' dropout; None: nothing is dropped
 
     def __call__(
         self, x_BTD: jax.Array, sight: Sight, cache: KeyValue | None, packing: Packing | None, routed: jax.Array | None
@@ -148,7 +149,8 @@ class Block:
         if pair is not None:
             assert self.lora is not None, "parameters with adapters for a model without"
             # Added to the bare product: what follows is compiled as it is without adapters, to the same bits.
-            y = y + linear(linear(x, pair["a"]) * self.lora.scale, pair["b"])
+            seen = x if self.key_B is None else drop(x, self.key_B, name, self.lora.dropout)
+            y = y + linear(linear(seen, pair["a"]) * self.lora.scale, pair["b"])
         if f"{name}_bias" in self.weight:
             y = y + self.weight[f"{name}_bias"].reshape((1,) * (y.ndim - 1) + (-1,))
         return y
@@ -264,13 +266,14 @@ class Decoder(nnx.Module):
         mesh: jax.sharding.Mesh | None = None,
         remat: Remat = "none",
         choice: AttentionChoice = "xla",
+        key_B: jax.Array | None = None,
     ) -> Hidden:
         """Run the blocks over `token_BT`, whose tokens stand at `position_BT` of their rows.
 
         Rows are padded on the right: nothing real looks at padding. What a token sees: `ppojax.models.attention`.
         `routed` `[Lmoe, B, T, K]` names the experts that each token goes to; where it is -1 the router chooses. Tokens
         off `valid_BT` are in no sum of the routing. A `mesh` is needed where rows or experts lie on several devices.
-        `choice` is what attends (`ppojax.models.flash`).
+        `choice` is what attends (`ppojax.models.flash`). With a `key_B` of each row adapters drop some of their inputs.
         """
         spec, kinds = self.spec, block_kinds(self.spec)
         distinct = list(dict.fromkeys(kinds))
@@ -280,11 +283,12 @@ class Decoder(nnx.Module):
 
         def block(x: jax.Array, layer: tuple) -> tuple[jax.Array, tuple[KeyValue, Routing | None]]:
             weight, kind, n, past, routed = layer
-            if n is not None:
+            if look_up:
                 past = jax.tree.map(lambda c: jax.lax.dynamic_index_in_dim(c, n, keepdims=False), cache)
             sight = sights[0] if kind is None else jax.tree.map(lambda *s: jax.lax.select_n(kind, *s), *sights)
             flash = flash_of(spec, distinct, kind) if flashing else None
-            return Block(spec, weight, valid_BT, mesh, flash, self.lora)(x, sight, past, packing, routed)
+            keys = None if key_B is None else jax.vmap(lambda key: jax.random.fold_in(key, n))(key_B)
+            return Block(spec, weight, valid_BT, mesh, flash, self.lora, keys)(x, sight, past, packing, routed)
 
         x_BTD = self.embed[...][token_BT]
         if spec.embed_scale != 1.0:
@@ -298,7 +302,7 @@ class Decoder(nnx.Module):
             layers = (
                 nnx.to_pure_dict(nnx.state(stack)),
                 kind_L if len(distinct) > 1 else None,
-                jnp.asarray(stack.blocks, jnp.int32) if look_up else None,
+                jnp.asarray(stack.blocks, jnp.int32) if look_up or key_B is not None else None,
                 None if look_up else cache,
                 routed if stack is self.layers else None,
             )

@@ -15,7 +15,7 @@ from ppojax.mesh import sharding
 from ppojax.models.attention import KeyValue, Packing
 from ppojax.models.critic import Critic
 from ppojax.models.decoder import Decoder, Hidden
-from ppojax.models.lora import LoRAConfig, combine, split
+from ppojax.models.lora import LoRAConfig, combine, row_keys, split
 from ppojax.models.spec import AttentionChoice, DecoderSpec, Remat
 from ppojax.models.value_head import ValueHead
 from ppojax.types import Experience, Layout, Routing, TokenStats
@@ -138,6 +138,7 @@ def hidden_states(
     packing: Packing | None = None,
     routed: jax.Array | None = None,
     valid_BT: jax.Array | None = None,
+    key_B: jax.Array | None = None,
 ) -> Hidden:
     """Final hidden states of `token_BT`, the tokens' keys and values, and their routing (see `Decoder.__call__`)."""
     bound = _bind(model, params)
@@ -152,6 +153,7 @@ def hidden_states(
         mesh=model.mesh,
         remat=model.remat,
         choice=model.attention,
+        key_B=key_B,
     )
 
 
@@ -168,20 +170,25 @@ class Read(NamedTuple):
     routing: Routing | None = None  # without experts there is none
 
 
-def read_rows(model: ModelDef, params: Params, experience: Experience, layout: Layout) -> Read:
+def read_rows(
+    model: ModelDef, params: Params, experience: Experience, layout: Layout, key: jax.Array | None = None
+) -> Read:
     """Hidden state of the token before each position, from the first action on.
 
     Where rows share a prefix it is read once and its keys and values stand in for it in every row of the group:
     with 8 rollouts of a 60-token prompt and 40 tokens each, 380 positions instead of 800. The numbers are the same.
     Tokens go to the experts in `experience.routed_BTLK`, where it is there. Padding and failed rows count as no load.
+    With a `key` the adapters drop inputs, of a group's rows by its first row.
     """
     token_BT, routed_BTLK = experience.token_BT, experience.routed_BTLK
     length_B = jnp.where(experience.valid_B, experience.length_B, 0)  # as far as load goes
+    episode_P, segment_P = experience.episode_B[:: layout.group], experience.segment_B[:: layout.group]
+    key_P = None if key is None else row_keys(key, episode_P, segment_P)
     if layout.group == 1:
         position_BT = positions(token_BT)
         routed, valid_BT = by_layer(routed_BTLK), position_BT < length_B[:, None]
         hidden_BTD, _, routing = hidden_states(
-            model, params, token_BT, position_BT, routed=routed, valid_BT=valid_BT if model.spec.moe else None
+            model, params, token_BT, position_BT, None, None, routed, valid_BT if model.spec.moe else None, key_P
         )
         before_BTD = jnp.pad(hidden_BTD[:, :-1], ((0, 0), (1, 0), (0, 0)))
         return Read(before_BTD, jnp.zeros_like(experience.prefix_B), routing)
@@ -205,7 +212,7 @@ def read_rows(model: ModelDef, params: Params, experience: Experience, layout: L
         shared_P = jnp.max(jnp.minimum(prefix_B, length_B).reshape(-1, group), axis=1)
         valid_PN = packed(position_PT < shared_P[:, None], position_BR < length_B[:, None])
     hidden_PND, _, routing = hidden_states(
-        model, params, token_PN, position_PN, packing=Packing(prefix, group), routed=routed, valid_BT=valid_PN
+        model, params, token_PN, position_PN, None, Packing(prefix, group), routed, valid_PN, key_P
     )
     last_P = jnp.maximum(prefix_B[::group] - 1, 0)
     last_PD = jnp.take_along_axis(hidden_PND, last_P[:, None, None], axis=1)
@@ -240,13 +247,14 @@ def score_and_route(
     *,
     temperature: float,
     entropy: bool = False,
+    key: jax.Array | None = None,
 ) -> tuple[TokenStats, Routing | None]:
     """Score the actions of each row under the policy, aligned with their tokens, 0 elsewhere; and its routing.
 
     `logp_BT[:, t] = log softmax(logits(hidden[:, t-1]) / temperature)[token[:, t]]`. Only action positions meet the
-    head, and the vocabulary is never held for all of them at once.
+    head, and the vocabulary is never held for all of them at once. With a `key` the adapters drop inputs.
     """
-    before_BRD, offset_B, routing = read_rows(model, params, experience, layout)
+    before_BRD, offset_B, routing = read_rows(model, params, experience, layout, key)
     index_BA = experience.action_index_BA
     B, A = index_BA.shape
     # Filler indices are 0; they read some state and are dropped below.
@@ -283,18 +291,21 @@ def values(model: ModelDef, params: Params, experience: Experience, layout: Layo
     return predict(model, params, experience, layout).value_MBT
 
 
-def predict(model: ModelDef, params: Params, experience: Experience, layout: Layout = PLAIN) -> Prediction:
+def predict(
+    model: ModelDef, params: Params, experience: Experience, layout: Layout = PLAIN, key: jax.Array | None = None
+) -> Prediction:
     """Read the critics: the value of the state in which each token was chosen, and what it was computed from.
 
     `[:, :, t]` reads the hidden state of token t - 1, so it does not see token t. Positions inside a shared prefix,
-    which no estimator reads, get 0.
+    which no estimator reads, get 0. With a `key`, which only a lone critic takes, the adapters drop inputs.
     """
     if model.count > 1:
+        assert key is None, "an ensemble drops nothing: its members take their keys alone"
         trained, frozen = split(params, model.lora)
         parts = jax.vmap(lambda p: predict(model.member, combine(frozen, p), experience, layout))(trained)
         return jax.tree.map(lambda x: x[:, 0], parts)
     assert model.head is not None, "a policy has no values"
-    before_BRD, offset_B, _ = read_rows(model, params, experience._replace(routed_BTLK=None), layout)
+    before_BRD, offset_B, _ = read_rows(model, params, experience._replace(routed_BTLK=None), layout, key)
     output_BRK = _bind(model, params).outputs(before_BRD)
     place_BT = positions(experience.token_BT) - offset_B[:, None]
     inside_BT = (place_BT >= 0) & (place_BT < before_BRD.shape[1])

@@ -8,7 +8,7 @@ them together again, `merge` folds the adapters into the matrices.
 from __future__ import annotations
 
 import hashlib
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from pydantic import Field, field_validator
 
@@ -29,6 +29,9 @@ class LoRAConfig(Component):
     rank: int = Field(default=32, ge=1, description="rank r of each adapter")
     alpha: float = Field(default=64.0, gt=0, description="adapters count alpha / rank times")
     rslora: bool = Field(default=False, description="alpha / sqrt(rank) times instead (arXiv 2312.03732)")
+    dropout: float = Field(
+        default=0.0, ge=0, lt=1, description="share of an adapter's inputs that an update leaves out; sampling uses all"
+    )
     targets: tuple[Target, ...] | None = Field(
         default=None, min_length=1, description="matrices that get an adapter, by name; null: all that can have one"
     )
@@ -45,6 +48,10 @@ class LoRAConfig(Component):
     def scale(self) -> float:
         """Factor on (x a) b."""
         return self.alpha / (self.rank**0.5 if self.rslora else self.rank)
+
+    def fits(self, other: LoRAConfig | None) -> bool:
+        """Whether adapters of this kind are the other's too; what an update drops is no part of them."""
+        return other is not None and other.model_copy(update={"dropout": self.dropout}) == self
 
 
 def split(params: dict[str, Any], lora: LoRAConfig | None) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -83,6 +90,22 @@ def merge(params: dict[str, Any], lora: LoRAConfig, dtype: str | None = None) ->
         w = merged[name]
         merged[name] = (w.astype("float32") + lora.scale * product).astype(dtype or w.dtype)
     return merged
+
+
+def row_keys(key: jax.Array, episode_B: jax.Array, segment_B: jax.Array) -> jax.Array:
+    """The dropout key of each row, from what it is and not where it lies: microbatches and meshes change nothing."""
+    return jax.vmap(lambda e, s: jax.random.fold_in(jax.random.fold_in(key, e), s))(episode_B, segment_B)
+
+
+def drop(x: jax.Array, key_B: jax.Array, name: str, rate: float) -> jax.Array:
+    """Leave out inputs of the adapter called `name`: x m / (1 - rate), with m = 1 of probability 1 - rate, else 0.
+
+    Each row of `x` `[B, ...]` has its key, and each matrix its own m (inverted dropout, arXiv 1207.0580; as in LoRA's
+    code it acts on the adapter alone, so that x W sees all of x).
+    """
+    which = get_args(Target).index(name)
+    kept = jax.vmap(lambda key: jax.random.bernoulli(jax.random.fold_in(key, which), 1 - rate, x.shape[1:]))(key_B)
+    return jnp.where(kept, x / (1 - rate), jnp.zeros_like(x))
 
 
 def fingerprint(frozen: dict[str, Any]) -> str:

@@ -25,7 +25,7 @@ from ppojax.types import TrainState
 from ppojax.update.state import init_state, place_frozen
 
 # Purposes of randomness, and the "step" of what happens outside of steps.
-INIT_ACTOR, INIT_CRITIC, SAMPLE, EVALUATE = range(4)
+INIT_ACTOR, INIT_CRITIC, SAMPLE, EVALUATE, DROP_ACTOR, DROP_CRITIC = range(6)
 OUTSIDE = 2**31 - 1
 CHECKED_PROMPTS = 8
 
@@ -33,6 +33,13 @@ CHECKED_PROMPTS = 8
 def purpose_key(seed: int, step: int, purpose: int) -> jax.Array:
     """The key of one purpose in one step."""
     return jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), step), purpose)
+
+
+def dropout_key(model: ModelDef, seed: int, step: int, purpose: int, update: int) -> jax.Array | None:
+    """The key of one update whose adapters drop inputs; None where they do not."""
+    if model.lora is None or model.lora.dropout == 0:
+        return None
+    return jax.random.fold_in(purpose_key(seed, step, purpose), update)
 
 
 @dataclass(frozen=True)

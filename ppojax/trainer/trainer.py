@@ -26,7 +26,7 @@ from ppojax.models.pretrained import Loaded
 from ppojax.models.settings import CutCritic
 from ppojax.rollout.tasks import task_stream
 from ppojax.runtime.compiling import compile_metrics
-from ppojax.trainer.build import SAMPLE, States, build, build_critic, purpose_key
+from ppojax.trainer.build import DROP_ACTOR, DROP_CRITIC, SAMPLE, States, build, build_critic, dropout_key, purpose_key
 from ppojax.trainer.warm_start import warm_start
 from ppojax.types import Batch, Experience, Layout, Rollout
 from ppojax.update.actor import actor_step
@@ -201,6 +201,7 @@ class Trainer:
                     microbatch_rows=config.update.microbatch_rows,
                     mesh=parts.mesh,
                     frozen=parts.critic_base,
+                    key=dropout_key(parts.critic, config.seed, self.number, DROP_CRITIC, len(done)),
                 )
                 done.append(metrics)
         assert self.states.critic is not None
@@ -225,6 +226,7 @@ class Trainer:
                     mesh=parts.mesh,
                     router=config.actor.router,
                     frozen=parts.actor_base,
+                    key=dropout_key(parts.actor, config.seed, self.number, DROP_ACTOR, len(done)),
                 )
                 done.append(metrics)
         self._check_finite("actor", skipped_in_a_row(self.states.actor))

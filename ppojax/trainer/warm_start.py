@@ -11,7 +11,7 @@ from ppojax.experience.pack import pack
 from ppojax.losses import NLL
 from ppojax.rollout.demonstrate import demonstrate
 from ppojax.rollout.tasks import task_stream
-from ppojax.trainer.build import Parts
+from ppojax.trainer.build import DROP_ACTOR, OUTSIDE, Parts, dropout_key
 from ppojax.types import Batch, Layout, TrainState
 from ppojax.update.actor import actor_step
 from ppojax.update.settings import WarmStartConfig
@@ -59,6 +59,7 @@ def warm_start(
             mesh=parts.mesh,
             router=config.actor.router,
             frozen=parts.actor_base,
+            key=dropout_key(parts.actor, config.seed, OUTSIDE, DROP_ACTOR, len(losses)),
         )
         losses.append(metrics["actor/loss"])
     if skipped_in_a_row(state):

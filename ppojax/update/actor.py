@@ -49,16 +49,20 @@ def actor_step(
     mesh: jax.sharding.Mesh,
     router: RouterLoss = NO_ROUTER_LOSS,
     frozen: Params | None = None,
+    key: jax.Array | None = None,
 ) -> tuple[TrainState, dict[str, jax.Array]]:
     """Take one optimizer step on a minibatch: one gradient of `loss`, clipped, applied to the float32 masters.
 
     `router` adds its losses where the model has experts. `frozen` are the weights beside adapters; there are none where
-    everything is trained.
+    everything is trained. With a `key` the adapters drop inputs (`model.lora.dropout`), also in the ratios and the
+    `sampling/` metrics, which are then of the policy that drops.
     """
 
     def objective(params: Params, rows: Batch) -> LossOut:
         whole = combine(frozen or {}, params)
-        stats, routing = score_and_route(model, whole, rows.experience, layout, temperature=temperature, entropy=True)
+        stats, routing = score_and_route(
+            model, whole, rows.experience, layout, temperature=temperature, entropy=True, key=key
+        )
         out = loss(stats, rows)
         metrics = {**out.metrics, **mismatch(stats, rows)}
         if routing is None:

@@ -28,11 +28,13 @@ def critic_step(
     microbatch_rows: int,
     mesh: jax.sharding.Mesh,
     frozen: Params | None = None,
+    key: jax.Array | None = None,
 ) -> tuple[TrainState, dict[str, jax.Array]]:
     """Take one optimizer step of the value regression on a minibatch.
 
     Critics of an ensemble are so many lone critics: each has its own rows, gradient, clipping and optimizer state, and
     may be refused alone. Metrics are means over them. `frozen` are the weights beside adapters, the same for all.
+    With a `key` adapters drop inputs, each critic's its own (`model.lora.dropout`).
     """
     transform = config.build_optimizer()
     one = partial(
@@ -44,9 +46,11 @@ def critic_step(
         frozen={} if frozen is None else frozen,
     )
     if model.count == 1:
-        state, metrics = one(state, batch)
+        state, metrics = one(state, batch, key)
     else:
-        state, metrics = jax.vmap(one, in_axes=(0, _axes(batch)))(state, _deal(batch, model.count, config.split))
+        key_M = None if key is None else jax.random.split(key, model.count)
+        dealt = _deal(batch, model.count, config.split)
+        state, metrics = jax.vmap(one, in_axes=(0, _axes(batch), 0))(state, dealt, key_M)
         metrics = {name: jnp.mean(value) for name, value in metrics.items()}
     return jax.lax.with_sharding_constraint(state, state_shardings(model, transform, mesh)), metrics
 
@@ -54,6 +58,7 @@ def critic_step(
 def _step(
     state: TrainState,
     batch: Batch,
+    key: jax.Array | None,
     *,
     model: ModelDef,
     config: CriticConfig,
@@ -64,7 +69,7 @@ def _step(
     """The step of one critic."""
 
     def objective(params: Params, rows: Batch) -> LossOut:
-        got = predict(model, combine(frozen, params), rows.experience, layout)
+        got = predict(model, combine(frozen, params), rows.experience, layout, key)
         if isinstance(model.head, HLGaussHead):
             assert rows.return_MBT is not None, "no critic targets: the advantage estimator returned none"
             return config.loss(got.value_MBT, rows, model.head.cross_entropy(got.output_MBTK, rows.return_MBT))

@@ -16,7 +16,7 @@ from helpers import ACTOR, SPEC, params
 from ppojax.errors import ConfigError
 from ppojax.mesh import MeshConfig
 from ppojax.models.forward import ModelDef, hidden_states, init, param_shardings, positions
-from ppojax.models.lora import LoRAConfig, combine, fingerprint, merge, split
+from ppojax.models.lora import LoRAConfig, combine, drop, fingerprint, merge, row_keys, split
 from ppojax.models.parameters import check_targets
 from ppojax.models.spec import DecoderSpec, MLASpec, MoESpec
 
@@ -157,6 +157,51 @@ def test_a_fingerprint_sees_every_bit_and_not_the_mesh() -> None:
     named = {("head" if name == "norm" else name): leaf for name, leaf in base.items()}
     half = jax.tree.map(lambda p: p.astype(jnp.bfloat16), base)
     assert len({mark, *(fingerprint(other) for other in (flipped, swapped, named, half))}) == 5
+
+
+def test_what_is_dropped_keeps_the_mean() -> None:
+    """x m / (1 - r) has the mean x and the deviation |x| sqrt(r / (1 - r)): 5 of them over sqrt(400) draws."""
+    x = jax.random.normal(jax.random.key(0), (2, 6, 20))
+    keys = jax.random.split(jax.random.key(1), (400, 2))
+    drawn = np.asarray(jax.vmap(lambda k: drop(x, k, "q", 0.3))(keys))
+    kept = drawn != 0
+    np.testing.assert_allclose(drawn, np.where(kept, np.asarray(x) / 0.7, 0), rtol=1e-6)
+    assert (np.abs(drawn.mean(0) - x) <= 5 * np.abs(x) * np.sqrt(0.3 / 0.7 / 400)).all()
+    # Rows, tokens and features of one key, and two matrices of one row, agree as often as chance has it.
+    other = np.asarray(jax.vmap(lambda k: drop(x, k, "k", 0.3))(keys)) != 0
+    for a, b in ((kept[:, 0], kept[:, 1]), (kept[:, :, 0], kept[:, :, 1]), (kept[..., 0], kept[..., 1]), (kept, other)):
+        chance = 0.7**2 + 0.3**2
+        assert abs((a == b).mean() - chance) < 5 * np.sqrt(chance * (1 - chance) / a.size)
+
+
+def test_rows_keep_their_keys_wherever_they_lie() -> None:
+    episode, segment = jnp.asarray([3, 1, 3], jnp.int32), jnp.asarray([0, 0, 1], jnp.int32)
+    keys = jax.random.key_data(row_keys(jax.random.key(0), episode, segment))
+    assert len({tuple(k) for k in np.asarray(keys).tolist()}) == 3
+    np.testing.assert_array_equal(jax.random.key_data(row_keys(jax.random.key(0), episode[1:], segment[1:])), keys[1:])
+
+
+def test_only_a_key_drops_and_each_block_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, drawn = with_lora(SPEC, moved=True)
+    dropping = replace(model, lora=LoRAConfig(rank=3, alpha=6, dropout=0.5))
+    np.testing.assert_array_equal(hidden(dropping, drawn), hidden(model, drawn))
+    used: dict[str, set[tuple[int, ...]]] = {}
+
+    def spied(x: jax.Array, key_B: jax.Array, name: str, rate: float) -> jax.Array:
+        def see(data: Any) -> None:
+            used.setdefault(name, set()).update(map(tuple, np.asarray(data).tolist()))
+
+        jax.debug.callback(see, jax.random.key_data(key_B))
+        return drop(x, key_B, name, rate)
+
+    monkeypatch.setattr("ppojax.models.decoder.drop", spied)
+    place_BT, keys = positions(TOKEN_BT), jax.random.split(jax.random.key(0), 2)
+    run = jax.jit(lambda k: hidden_states(dropping, drawn, TOKEN_BT, place_BT, key_B=k).hidden_BTD)
+    first = run(keys)
+    jax.effects_barrier()
+    assert {name: len(of) for name, of in used.items()} == dict.fromkeys(drawn["layers"]["lora"], 4)  # blocks x rows
+    np.testing.assert_array_equal(run(keys), first)
+    assert np.abs(np.asarray(run(keys[::-1])) - np.asarray(first)).max() > 0.1
 
 
 def test_a_model_without_adapters_does_not_take_them() -> None:

@@ -19,7 +19,13 @@ from ppojax.trainer import Trainer
 from ppojax.update.state import abstract_state
 from tiny_config import tiny
 
-ADAPTERS = ("model.lora.rank=4", "critic.lora.rank=4", "warm_start.steps=5", "loss.kl.coefficient=0.1")
+ADAPTERS = (
+    "model.lora.rank=4",
+    "critic.lora.rank=4",
+    "critic.lora.dropout=0.2",
+    "warm_start.steps=5",
+    "loss.kl.coefficient=0.1",
+)
 MOVES = "loss.entropy_coefficient=0.1"  # after five steps of warm start no reward is earned
 
 
