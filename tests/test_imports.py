@@ -37,12 +37,13 @@ UNSAFE_CALLS = {"eval", "exec", "compile", "__import__"}
 LATE_IMPORTS = {
     ("models/source.py", "huggingface_hub"),
     ("models/gguf.py", "gguf"),
+    ("envs/rewards/rules.py", "math_verify"),
     ("models/__init__.py", "ppojax.models.api"),
     ("train.py", "ppojax.trainer.session"),
     ("evaluate.py", "ppojax.trainer.held_out"),
     ("export.py", "ppojax.trainer.exporting"),
 }
-BROAD_EXCEPTS = {"rollout/collect.py"}  # an environment is the user's code
+BROAD_EXCEPTS = {"rollout/collect.py", "envs/user_code.py"}  # environments and their tools are the user's code
 PROBES = {"lazy.py"}  # a proxy of a module
 
 MAX_FILE, MAX_FUNCTION = 400, 60

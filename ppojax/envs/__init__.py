@@ -4,10 +4,11 @@ from typing import Annotated
 
 from pydantic import Field
 
-from ppojax.envs.base import Env, Reset, Step, Task
+from ppojax.envs.base import Env, EnvSettings, Reset, Split, Step, Task
 from ppojax.envs.calculator import Calculator
+from ppojax.envs.jsonl import JsonLines
+from ppojax.envs.tool_env import ToolEnv
 
-# A second environment makes this a union with discriminator="type"; pydantic refuses a discriminator for one member.
-EnvConfig = Annotated[Calculator, Field(description="environment")]
+EnvConfig = Annotated[Calculator | JsonLines | ToolEnv, Field(discriminator="type", description="environment")]
 
-__all__ = ["Calculator", "Env", "EnvConfig", "Reset", "Step", "Task"]
+__all__ = ["Calculator", "Env", "EnvConfig", "EnvSettings", "JsonLines", "Reset", "Split", "Step", "Task", "ToolEnv"]

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, ClassVar, Literal, Protocol, runtime_checkable
 
+from ppojax.component import Component
 from ppojax.types import Messages
+
+Split = Literal["train", "eval"]
 
 
 @dataclass(frozen=True)
@@ -54,3 +58,34 @@ class Env(Protocol):
     def close(self) -> None:
         """Free what the episode held."""
         ...
+
+
+class EnvSettings(Component):
+    """Settings of an environment: what makes its tasks and its episodes.
+
+    A member also has `type`, by which it is chosen, and `max_turns`, the assistant turns an episode may take.
+    """
+
+    has_expert: ClassVar[bool] = False
+
+    @property
+    def stop(self) -> tuple[str, ...]:
+        """Texts that end a turn."""
+        return ()
+
+    def make(self) -> Env:
+        """Make an environment for one episode."""
+        raise NotImplementedError
+
+    def tasks(self, split: Split, seed: int) -> Sequence[Task]:
+        """List the tasks of a split; no task is in both.
+
+        Raises:
+            ConfigError: something that a setting names cannot be used on this machine.
+            DataError: the tasks cannot be read.
+        """
+        raise NotImplementedError
+
+    def expert(self, messages: Messages, task: Task) -> str:
+        """Write what a perfect policy would write next; only where `has_expert`."""
+        raise NotImplementedError(f"{type(self).__name__} has no expert")

@@ -10,13 +10,10 @@ from typing import Any, ClassVar, Literal, overload
 
 from pydantic import Field, model_validator
 
-from ppojax.component import Component
 from ppojax.envs.arithmetic import ArithmeticSyntaxError, Operation, evaluate, parse
-from ppojax.envs.base import Env, Reset, Step, Task
+from ppojax.envs.base import Env, EnvSettings, Reset, Split, Step, Task
 from ppojax.envs.tool_calls import TOOL_FORMATS, ParsedTurn, ToolCall, ToolFormatName, tool_message
 from ppojax.types import Messages
-
-Split = Literal["train", "eval"]
 
 # One in this many operand pairs is kept for evaluation.
 _EVAL_SHARE = 8
@@ -39,7 +36,7 @@ _SCHEMA = {
 }
 
 
-class Calculator(Component):
+class Calculator(EnvSettings):
     """Two numbers are asked to be combined; a calculator is at hand as `<calc>a+b</calc>`.
 
     With `tool_format=hermes` the calculator is the function `calc(expression)`, which the chat template announces and

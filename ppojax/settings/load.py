@@ -230,7 +230,10 @@ class _Builder:
 
     def missing_keys(self) -> list[str]:
         """Report the keys that must be given and are not, save those for which a fault was reported."""
-        return [text for key, text in self.missing.items() if not any(_overlap(key, bad) for bad in self.faulty)]
+        # A section that lacks one of its keys is missing itself: the key says more.
+        above = {key for key in self.missing if any(below.startswith(f"{key}.") for below in self.missing)}
+        told = [key for key in self.missing if key not in above and not any(_overlap(key, k) for k in self.faulty)]
+        return [self.missing[key] for key in told]
 
     def _advice(self, key: str, known: Mapping[str, FieldInfo]) -> str:
         if key in self.root.foreign_keys:
