@@ -7,8 +7,25 @@ from pydantic import Field
 from ppojax.envs.base import Env, EnvSettings, Reset, Split, Step, Task
 from ppojax.envs.calculator import Calculator
 from ppojax.envs.jsonl import JsonLines
+from ppojax.envs.python_tool import PythonTool
 from ppojax.envs.tool_env import ToolEnv
 
-EnvConfig = Annotated[Calculator | JsonLines | ToolEnv, Field(discriminator="type", description="environment")]
+# Another environment is a file, and its name here.
+EnvConfig = Annotated[
+    Calculator | JsonLines | PythonTool | ToolEnv,
+    Field(discriminator="type", description="environment"),
+]
 
-__all__ = ["Calculator", "Env", "EnvConfig", "EnvSettings", "JsonLines", "Reset", "Split", "Step", "Task", "ToolEnv"]
+__all__ = [
+    "Calculator",
+    "Env",
+    "EnvConfig",
+    "EnvSettings",
+    "JsonLines",
+    "PythonTool",
+    "Reset",
+    "Split",
+    "Step",
+    "Task",
+    "ToolEnv",
+]

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 from pydantic import Field, field_validator
 
 from ppojax.envs.base import Env, Reset, Step, Task
 from ppojax.envs.functions import ArgumentsError, Function
+from ppojax.envs.output import shorten
 from ppojax.envs.records import RecordSettings
 from ppojax.envs.tool_calls import TOOL_FORMATS, ToolCall, ToolFormatName, tool_message
 from ppojax.envs.user_code import call_limited
@@ -21,14 +22,17 @@ class ToolSettings(RecordSettings):
 
     A turn with calls gets their results, one message each; a turn without is the answer, which `reward` grades. A call
     that cannot be read, names no function, or has wrong arguments gets an error as its result, and so does one that
-    raises or runs out of time. After `max_turns` turns the episode is over without an answer, and earns nothing.
+    raises or runs out of time. Results are given as text: special tokens in them are spelled out by the tokenizer and
+    never parsed. After `max_turns` turns the episode is over without an answer, and earns nothing.
     """
+
+    own_process: ClassVar[bool] = False  # calls end by themselves, and raise only where the environment has failed
 
     tool_format: ToolFormatName = Field(default="hermes", description="how calls are written")
     max_turns: int = Field(default=8, ge=1, description="assistant turns an episode may take, the answer included")
     call_timeout_s: float = Field(default=10.0, gt=0, description="seconds that one call may take")
     max_output_chars: int = Field(
-        default=4096, ge=64, description="characters of a result, at most; the middle of a longer one is left out"
+        default=4096, ge=256, description="characters of a result, at most; the middle of a longer one is left out"
     )
 
     @field_validator("tool_format")
@@ -104,23 +108,13 @@ class ToolLoop:
         except ArgumentsError as error:
             self._info["malformed"] += 1
             return f"error: {error}"
+        if self._config.own_process:
+            return _text(function.call(**arguments))
         outcome = call_limited(lambda: _text(function.call(**arguments)), self._config.call_timeout_s)
         if outcome.error is None:
             return outcome.value
         self._info["failed"] += 1
         return f"error: {type(outcome.error).__name__}: {outcome.error}"
-
-
-def shorten(text: str, limit: int) -> str:
-    """Cut a text to `limit` characters, keeping its start and its end; lone surrogates become question marks.
-
-    Special tokens in it are left as they are: the tokenizer spells them out and never parses them.
-    """
-    if len(text) > limit:
-        note = f"\n[{len(text)} characters, cut]\n"
-        kept = max(limit - len(note), 0)
-        text = text[: kept - kept // 2] + note + text[len(text) - kept // 2 :]
-    return text.encode("utf-8", "replace").decode() if not text.isascii() else text
 
 
 def _text(result: Any) -> str:

@@ -9,13 +9,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from ppojax.envs import Step, Task, ToolEnv, user_code
 from ppojax.envs.functions import describe_function
+from ppojax.envs.output import Output, shorten
 from ppojax.envs.rewards import Rewards
 from ppojax.envs.rewards.rules import Exact
-from ppojax.envs.tool_loop import shorten
 from ppojax.errors import ConfigError
 
 TOOLS = '''
@@ -165,12 +167,26 @@ def test_calls_left_behind_are_bounded(folder: Path, monkeypatch: pytest.MonkeyP
 
 def test_a_million_characters_are_cut(folder: Path) -> None:
     text = "a" + "x" * 60_000 + "z"
-    (step,) = play(config_of(folder, "say", max_output_chars=100), call("say", json.dumps({"text": text})))
+    (step,) = play(config_of(folder, "say", max_output_chars=256), call("say", json.dumps({"text": text})))
     (said,) = observed(step)
-    assert len(said) == 100 and said[0] + said[-1] == "az" and "[60002 characters, cut]" in said
+    assert len(said) == 256 and said[0] + said[-1] == "az" and "[60002 characters, cut]" in said
     assert shorten("\ud800\u00e9" * 5, 64) == "?\u00e9" * 5
     assert shorten("x" * 64, 64) == "x" * 64
     assert len(shorten("x" * 10**6, 64)) == 64
+
+
+@given(st.lists(st.text("abcdef", max_size=90), max_size=5), st.integers(40, 120))
+def test_a_text_is_cut_alike_in_pieces(pieces: list[str], limit: int) -> None:
+    output, whole = Output(limit), "".join(pieces)
+    for piece in pieces:
+        output.add(piece)
+    text = output.text()
+    assert text == shorten(whole, limit)
+    if len(whole) <= limit:
+        assert text == whole
+    else:
+        start, _, end = text.partition(f"\n[{len(whole)} characters, cut]\n")
+        assert len(text) == limit and whole.startswith(start) and whole.endswith(end) and abs(len(start) - len(end)) < 2
 
 
 def test_the_last_turn_terminates_and_runs_nothing(folder: Path) -> None:

@@ -81,7 +81,7 @@ class Rewards(Component):
         return ((name, part) for name, part in self if isinstance(part, Part))
 
 
-def _numbers(name: str, score: float | dict[str, float]) -> dict[str, float]:
+def _numbers(name: str, score: Any) -> dict[str, float]:
     """Check what a part gave."""
     scores = {f"{name}/{k}": v for k, v in score.items()} if isinstance(score, dict) else {name: score}
     for label, value in scores.items():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from functools import cache
+from typing import Any
 
 from pydantic import Field
 
@@ -26,7 +27,7 @@ class Function(Part):
         """Load the function. Raises ConfigError where it cannot be used."""
         _arguments(self.path)
 
-    def __call__(self, answered: Answered) -> float | dict[str, float]:
+    def __call__(self, answered: Answered) -> Any:
         """Call it; what it raises is a failure of this part."""
         known = vars(answered)
         return load_function(self.path, _KEY)(**{name: known[name] for name in _arguments(self.path)})
