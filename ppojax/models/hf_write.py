@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import shutil
 import tempfile
@@ -17,10 +18,13 @@ from ppojax.errors import CannotWriteError, ConfigError
 from ppojax.models.families import write_config
 from ppojax.models.families.family import Family
 from ppojax.models.families.layout import Place, Shape, get, places
-from ppojax.models.hf import DTYPES, INDEX, WEIGHTS
+from ppojax.models.hf import DTYPES, INDEX, WEIGHTS, read_json
 from ppojax.models.spec import DecoderSpec
 from ppojax.models.tokenizer import Tokenizer
+from ppojax.models.tokenizer_files import own_template
 from ppojax.models.weights import Params
+
+log = logging.getLogger(__name__)
 
 SHARD_BYTES = 5_000_000_000
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
@@ -109,8 +113,26 @@ def _write_tokenizer(folder: Path, origin: Origin) -> None:
         for name in _TOKENIZER_FILES:
             if (origin.folder / name).is_file():
                 shutil.copyfile(origin.folder / name, folder / name)
+        if origin.tokenizer is not None:
+            _write_template(folder, origin.folder, origin.tokenizer.template.source)
     elif origin.tokenizer is not None:
         origin.tokenizer.save(folder)
+
+
+def _write_template(folder: Path, original: Path, source: str) -> None:
+    """Make the template that rows were written with the folder's own; keep the original by that name."""
+    settings, own = read_json(original / "tokenizer_config.json"), own_template(original)
+    if own == source and not isinstance(settings.get("chat_template"), list):
+        return
+    _write(folder / "chat_template.jinja", source)
+    if "chat_template" in settings:  # readers that know no .jinja file look here
+        _write(folder / "tokenizer_config.json", json.dumps(settings | {"chat_template": source}, indent=2) + "\n")
+    if own not in (None, source):
+        (folder / "additional_chat_templates").mkdir()
+        _write(folder / "additional_chat_templates/original.jinja", own)
+        log.warning(
+            "export: the chat template is that of training; the model's own is additional_chat_templates/original.jinja"
+        )
 
 
 def _groups(family: Family, spec: DecoderSpec, dtype: np.dtype) -> Iterator[_Group]:

@@ -106,7 +106,7 @@ def tokenizer_from_hf(folder: Path | str, chat_template: str | ChatTemplate = "a
     tokenizer = tokenizers.Tokenizer.from_str(json.dumps(state))
     config = read_json(folder / "tokenizer_config.json")
     names = {name: _token_text(config.get(name)) for name in ("bos_token", "eos_token", "pad_token")}
-    template = _template(chat_template, _hf_template(folder, config), tokenizer, str(folder), names)
+    template = _template(chat_template, own_template(folder), tokenizer, str(folder), names)
     eos: list[int] = []
     generation = folder / "generation_config.json"
     if generation.is_file():
@@ -133,11 +133,12 @@ def _template(
     return ChatTemplate(chosen.source, ends=chosen.ends, **tokens)
 
 
-def _hf_template(folder: Path, config: dict[str, Any]) -> str | None:
+def own_template(folder: Path) -> str | None:
+    """The chat template that came with a folder: `chat_template.jinja`, or the one in `tokenizer_config.json`."""
     path = folder / "chat_template.jinja"
     if path.is_file():
         return path.read_text(encoding="utf-8")
-    template = config.get("chat_template")
+    template = read_json(folder / "tokenizer_config.json").get("chat_template")
     if isinstance(template, list):  # several by name
         template = {t["name"]: t["template"] for t in template}.get("default")
     return template if isinstance(template, str) else None

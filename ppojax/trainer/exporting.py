@@ -41,6 +41,6 @@ def export_run(
     Raises:
         DataError: there is no such checkpoint, or it is damaged.
     """
-    trainer = restored(config, run, checkpoint)
+    trainer = restored(config, run, checkpoint, "step")
     export_trainer(trainer, out, dtype=dtype, shard_bytes=shard_bytes)
     return trainer.number

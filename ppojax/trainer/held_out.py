@@ -37,21 +37,23 @@ def evaluate_run(
     return trainer.number, metrics | evaluate_samples(collector, params, tasks, rows, key, samples)
 
 
-def restored(config: Config, run: RunDir, checkpoint: int | None) -> Trainer:
+def restored(config: Config, run: RunDir, checkpoint: int | None, asked_by: str = "checkpoint") -> Trainer:
     """A trainer in the state of a checkpoint, the newest intact one for None; nothing in the run is written.
+
+    `asked_by` is the setting that says which, for the message.
 
     Raises:
         DataError: there is no such checkpoint, or it is damaged.
     """
     with Checkpoints(run.checkpoints, config.checkpoint) as checkpoints:
-        _check_there(run, checkpoints.latest(), checkpoint)
+        _check_there(run, checkpoints.latest(), checkpoint, asked_by)
         trainer = Trainer(config)
         state, position = checkpoints.restore(checkpoint, abstract_state(trainer.state()))
     trainer.restore(state, position)
     return trainer
 
 
-def _check_there(run: RunDir, latest: int | None, wanted: int | None) -> None:
+def _check_there(run: RunDir, latest: int | None, wanted: int | None, asked_by: str) -> None:
     if latest is None:
         raise DataError(
             f"{run.checkpoints}: the run has no checkpoint; one is written when it ends, or earlier with "
@@ -59,7 +61,7 @@ def _check_there(run: RunDir, latest: int | None, wanted: int | None) -> None:
         )
     if wanted is not None and not (run.checkpoints / str(wanted)).is_dir():
         raise DataError(
-            f"checkpoint={wanted}: {run.checkpoints} has none of that step; the newest is {latest}, checkpoint=latest"
+            f"{asked_by}={wanted}: {run.checkpoints} has none of that step; the newest is {latest}, {asked_by}=latest"
         )
 
 

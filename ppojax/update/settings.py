@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import Field
 
@@ -51,13 +51,22 @@ class OptimizerConfig(Component):
         return optax.join_schedules([warmup, after], [self.warmup_steps])
 
     def build(self) -> optax.GradientTransformation:
-        """Clip by global norm, then AdamW."""
+        """Clip by global norm, then AdamW. What no gradient reaches, a router's `choice_bias`, does not decay."""
         return optax.chain(
             optax.clip_by_global_norm(self.max_grad_norm),
             optax.adamw(
-                self.build_schedule(), b1=self.beta1, b2=self.beta2, eps=self.eps, weight_decay=self.weight_decay
+                self.build_schedule(),
+                b1=self.beta1,
+                b2=self.beta2,
+                eps=self.eps,
+                weight_decay=self.weight_decay,
+                mask=_decayed,
             ),
         )
+
+
+def _decayed(params: Any) -> Any:
+    return jax.tree_util.tree_map_with_path(lambda path, _: path[-1].key != "choice_bias", params)
 
 
 class ActorConfig(Component):
@@ -84,7 +93,8 @@ class CriticConfig(Component):
     count: int = Field(default=1, ge=1, description="critics in the ensemble; advantages are made of their mean")
     lora: LoRAConfig | None = Field(
         default=None,
-        description="train adapters of low rank and the head, freeze the rest; null: train everything",
+        description="train adapters of low rank and the head, freeze the rest (cut from an actor that is trained "
+        "whole: the actor as it was loaded, before any warm start); null: train everything",
     )
     split: Split = Field(
         default="none",

@@ -112,6 +112,31 @@ def test_the_tokenizer_comes_along(tmp_path: Path) -> None:
         assert (tmp_path / "again" / name).read_bytes() == (tmp_path / "new" / name).read_bytes()
 
 
+@pytest.mark.parametrize("place", ["jinja", "config", "named", "none"])
+def test_the_template_is_that_of_training(place: str, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    model, folder, out = load(DATA / "llama_tied"), tmp_path / "own", tmp_path / "out"
+    char_tokenizer("Hi").save(folder)
+    own = (folder / "chat_template.jinja").read_text()
+    (tmp_path / "training.jinja").write_text("{{ '' }}" + own)
+    if place != "jinja":
+        (folder / "chat_template.jinja").unlink()
+        stated = {"config": own, "named": [{"name": "default", "template": own}, {"name": "tool_use", "template": "x"}]}
+        config = json.loads((folder / "tokenizer_config.json").read_text())
+        if place != "none":
+            config["chat_template"] = stated[place]
+        (folder / "tokenizer_config.json").write_text(json.dumps(config))
+    tokenizer = tokenizer_from_hf(folder, str(tmp_path / "training.jinja"))
+    write_hf(out, model.family, model.spec, model.params, Origin(tokenizer, folder))
+    again = tokenizer_from_hf(out)
+    assert again.fingerprint() == tokenizer.fingerprint()
+    assert (out / "chat_template.jinja").read_text() == tokenizer.template.source
+    config = json.loads((out / "tokenizer_config.json").read_text())
+    assert config.get("chat_template", tokenizer.template.source) == tokenizer.template.source
+    kept = out / "additional_chat_templates/original.jinja"
+    assert kept.read_text() == own if place != "none" else not kept.exists()
+    assert ("the chat template is that of training" in caplog.text) == (place != "none")
+
+
 def test_nothing_is_overwritten_and_nothing_half_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model: Model = load(DATA / "llama_tied")
     (tmp_path / "full").mkdir()

@@ -93,5 +93,12 @@ def test_a_critic_with_adapters_of_its_own_has_the_actor_s_frozen_trunk() -> Non
 
 
 def test_an_actor_without_adapters_may_have_a_critic_with_them() -> None:
-    trainer = Trainer(tiny("critic.lora.rank=2"))
+    """Its frozen trunk is the actor as it was loaded, which a resumed run loads again; a warm one would be nowhere."""
+    trainer = Trainer(tiny("critic.lora.rank=2", "warm_start.steps=1"))
     assert not trainer.parts.actor_base and set(trainer.states.critic.params["trunk"]) == {"layers"}  # type: ignore[union-attr]
+    loaded = copy(trainer.policy())
+    identity = trainer.position()
+    trainer.warm_start()
+    trunk = trainer.parts.critic_base["trunk"]
+    assert all(equal(trunk["layers"], loaded["layers"])) and not any(equal(trunk["layers"], trainer.policy()["layers"]))
+    assert trainer.position() == identity

@@ -50,6 +50,14 @@ def test_one_update_is_adamw_of_the_clipped_gradient() -> None:
     np.testing.assert_allclose(updates["x"], want, rtol=1e-5)
 
 
+def test_what_no_gradient_reaches_does_not_decay() -> None:
+    transform = OptimizerConfig(learning_rate=0.1, weight_decay=0.5).build()
+    p = {"layers": {"router": jnp.ones(3), "choice_bias": jnp.arange(3.0)}}
+    updates, _ = transform.update(jax.tree.map(jnp.zeros_like, p), transform.init(p), p)
+    np.testing.assert_array_equal(updates["layers"]["choice_bias"], 0)
+    np.testing.assert_allclose(updates["layers"]["router"], -0.05, rtol=1e-6)
+
+
 def stepped(state: TrainState, batch: Batch, **settings: Any) -> tuple[TrainState, dict[str, float]]:
     state, metrics = actor_step(
         state, batch, model=ACTOR, loss=DPPO(), optimizer=OptimizerConfig(**settings), temperature=1.0, layout=Layout(),
