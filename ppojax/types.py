@@ -27,6 +27,27 @@ if TYPE_CHECKING:
 Messages = list[dict[str, Any]]
 
 
+class Records(NamedTuple):
+    """What a loss asks the sampler to keep of its distribution at each action (static, hashable)."""
+
+    top_k: int = 0  # this many of the likeliest tokens; 0 for none
+    hidden: bool = False  # the final hidden state, from which the head gives the whole distribution
+
+
+class Recorded(NamedTuple):
+    """What the sampler kept of its distribution, at each action and at nothing else; None for what nobody asked for.
+
+    The leading axes are those of what holds it: a row's actions `[m]`, a turn's tokens `[B, N]`, an experience's action
+    positions `[B, A]`. On the host and on the way to it and back, an action costs 8 K bytes for the likeliest tokens
+    (160 for 20 of them), and for the hidden state D numbers of the compute type: 4 KiB for bfloat16 at width 2048, so
+    4 GiB for a million actions. Both lie on the devices, split by rows, until the step is over.
+    """
+
+    top_id: Any = None  # int32[..., K]: the K likeliest tokens, the drawn one among them or not
+    top_logp: Any = None  # float32[..., K]: their log-probabilities, at the sampling temperature
+    hidden: Any = None  # compute type[..., D]: what the head was multiplied with
+
+
 class Ending(IntEnum):
     """How a row ended."""
 
@@ -52,6 +73,7 @@ class Row:
     info: dict[str, Any] = field(default_factory=dict)
     clipped: bool = False  # a turn ran into its token limit
     routed: np.ndarray | None = None  # int16[n, L, K]; experts that read each token, -1 where nothing is recorded
+    recorded: Recorded = field(default_factory=Recorded)  # of the m actions
 
 
 @dataclass(frozen=True)
@@ -94,6 +116,8 @@ class Experience(NamedTuple):
     logp_ref_BT: jax.Array | None = None  # float32, likewise
     value_MBT: jax.Array | None = None  # float32, likewise
     routed_BTLK: jax.Array | None = None  # int16: experts that read token t in the sampler, -1 unknown; may be left out
+    recorded: Recorded = Recorded()  # of the sampler, at the positions of `action_index_BA`; 0 behind the last action
+    hidden_ref_BAD: jax.Array | None = None  # compute type: of the reference policy at each action, likewise scored
 
 
 class Advantage(NamedTuple):
@@ -120,6 +144,7 @@ class TokenStats(NamedTuple):
     reverse_kl: jax.Array | None = None  # KL(reference || policy)
     tv: jax.Array | None = None  # total variation between them, 0 to 1
     topk_logp: jax.Array | None = None  # log-probabilities of K named tokens, on a last axis K; 0 where none is named
+    kl_ref: jax.Array | None = None  # in the update `reference` is the sampler, and this KL(policy || frozen reference)
 
 
 class Routing(NamedTuple):

@@ -17,7 +17,7 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 # From the bottom up. A line imports from the lines above it here only, never from its own.
 LINES = (
     ("types", "errors", "component", "lazy"),
-    ("masking", "settings"),
+    ("masking", "actions", "settings"),
     ("mesh",),
     ("kernels",),
     ("models", "envs", "advantages", "losses"),

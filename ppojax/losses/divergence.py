@@ -1,14 +1,24 @@
-"""Divergences between two policies at one token, from what each gives the token that was drawn."""
+"""Divergences between two policies at one token, over a partition of the vocabulary: into the token that was drawn and
+the rest, or also into the tokens that the first policy finds likeliest. A finer partition never shows a smaller one."""
 
 from __future__ import annotations
 
-from ppojax.lazy import Float, jax, jnp
+from typing import NamedTuple
+
+from ppojax.lazy import Bool, Float, jax, jnp
 
 # exp of a difference of log-probabilities stays finite, and so does its square, in float32 (exp(20) is 5e8).
 MAX_LOG_RATIO = 20.0
 # Log-probabilities outside [-100, -2^-24] are 0 and 1 in float32; held inside, no logarithm below is infinite.
 _LOG_ZERO = -100.0
 _LOG_ONE = -(2.0**-24)
+
+
+class Divergence(NamedTuple):
+    """How far two policies are apart at each token."""
+
+    tv: jax.Array  # total variation, 0 to 1
+    kl: jax.Array  # KL(from || to), nats
 
 
 def log_ratio(logp: Float[jax.Array, "*dims"], logp_other: Float[jax.Array, "*dims"]) -> Float[jax.Array, "*dims"]:
@@ -44,3 +54,31 @@ def binary_kl(logp_from: Float[jax.Array, "*dims"], logp_to: Float[jax.Array, "*
     chosen = jnp.exp(logp_from) * (logp_from - logp_to)
     others = -jnp.expm1(logp_from) * (log1mexp(logp_from) - log1mexp(logp_to))
     return jnp.maximum(chosen + others, 0.0)
+
+
+def topk_divergence(
+    top_from: Float[jax.Array, "*dims K"],
+    top_to: Float[jax.Array, "*dims K"],
+    drawn_from: Float[jax.Array, "*dims"],
+    drawn_to: Float[jax.Array, "*dims"],
+    listed: Bool[jax.Array, "*dims"],
+) -> Divergence:
+    """Compute TV and KL over TopK(mu) U {a} U {rest} from log-probabilities (arXiv 2602.04879, eq. 15 and 16).
+
+        TV = 1/2 sum |mu_i - pi_i|              KL = sum mu_i log(mu_i / pi_i)
+
+    The drawn token a is a member of its own unless it is `listed` among the K. Sums of probabilities are known to
+    2^-24, so that a rest of less counts as that; all else is as in `binary_kl`. Not for gradients.
+    """
+
+    def members(top: jax.Array, drawn: jax.Array) -> jax.Array:
+        own = jnp.where(listed, _LOG_ZERO, drawn)
+        return jnp.clip(jnp.concatenate([top, own[..., None]], axis=-1), _LOG_ZERO, 0.0)
+
+    mu, pi = members(top_from, drawn_from), members(top_to, drawn_to)
+    gain = jnp.exp(mu) - jnp.exp(pi)
+    # What the members lose the rest wins: its difference is theirs, without the cancellation of 1 - sum.
+    tv = 0.5 * (jnp.sum(jnp.abs(gain), axis=-1) + jnp.abs(jnp.sum(gain, axis=-1)))
+    rest_mu, rest_pi = (log1mexp(jax.nn.logsumexp(x, axis=-1)) for x in (mu, pi))
+    kl = jnp.sum(jnp.exp(mu) * (mu - pi), axis=-1) + jnp.exp(rest_mu) * (rest_mu - rest_pi)
+    return Divergence(jnp.minimum(tv, 1.0), jnp.maximum(kl, 0.0))

@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import Literal
 
 from pydantic import Field
 
+from ppojax.actions import at_actions, to_tokens
 from ppojax.lazy import Bool, Float, jax, jnp
-from ppojax.losses.divergence import binary_kl, binary_tv, log_ratio
+from ppojax.losses.divergence import Divergence, binary_kl, binary_tv, log_ratio, topk_divergence
 from ppojax.losses.policy import PolicyLoss
 from ppojax.masking import masked_max, masked_mean
-from ppojax.types import Batch, LossOut, Metrics, TokenStats
+from ppojax.types import Batch, LossOut, Metrics, Records, TokenStats
 
 _DEFAULT_DELTA = {"tv": 0.2, "kl": 0.05}
+Support = Literal["binary", "topk", "full"]
+# Sums of float32 probabilities, and logits computed twice in another order, differ by some 1e-6.
+_ORDER_SLACK = 1e-5
 
 
 class DPPO(PolicyLoss):
@@ -22,7 +27,16 @@ class DPPO(PolicyLoss):
     divergence: Literal["tv", "kl"] = Field(
         default="tv", description="total variation, or KL from the anchor to the policy"
     )
-    support: Literal["binary"] = Field(default="binary", description="binary: the drawn token against all others")
+    support: Support = Field(
+        default="binary",
+        description="binary: the drawn token against all others; topk: also the likeliest tokens, each for itself; "
+        "full: every token of the vocabulary; the last two need what the sampler then keeps of each action",
+    )
+    top_k: int = Field(default=20, ge=1, description="likeliest tokens that the sampler keeps for support=topk")
+    compare_supports: bool = Field(
+        default=False,
+        description="measure all three supports, whichever decides, and check on each token that a finer one is larger",
+    )
     anchor: Literal["behavior", "old"] = Field(
         default="behavior",
         description="policy the divergence is measured from; old is known to collapse, for comparison only",
@@ -42,8 +56,14 @@ class DPPO(PolicyLoss):
 
     @property
     def needs(self) -> frozenset[str]:
-        """Which of the experience's optional log-probabilities the loss reads: `logp_old`, `logp_ref`."""
+        """Which of the experience's optional arrays the loss reads: `logp_old`, `logp_ref`, `hidden_ref`."""
         return super().needs | ({"logp_old"} if self.anchor == "old" else set())
+
+    @property
+    def records(self) -> Records:
+        """What the sampler must keep of its distribution for the loss."""
+        topk, full = (self.compare_supports or self.support == support for support in ("topk", "full"))
+        return Records(self.top_k if topk else 0, hidden=full)
 
     def __call__(self, stats: TokenStats, batch: Batch) -> LossOut:
         """Compute the loss of DPPO (arXiv 2602.04879, eq. 12) over the action tokens of a batch.
@@ -53,7 +73,9 @@ class DPPO(PolicyLoss):
             D_t = D(anchor(.|s_t) || pi(.|s_t)),                        r = pi/anchor
 
         With anchor = behavior, r = rho. The weight, the mask and A are stop-gradiented. log rho is held within +-20.
+        D is taken over `support`: {a, not a} (eq. 13, 14), TopK(mu) U {a} U {rest} (eq. 15, 16) or the vocabulary.
         `actor/pg_loss` reports the value above. Shares of masked tokens leave out tokens of zero advantage.
+        `trust_region/order_violation_frac` is of tokens where a coarser support shows more than a finer one.
         """
         experience = batch.experience
         advantage_BT = jax.lax.stop_gradient(batch.advantage_BT)
@@ -62,13 +84,29 @@ class DPPO(PolicyLoss):
         assert anchor_BT is not None, "anchor=old, but logp_old was not scored"
 
         weight_BT = jnp.minimum(jnp.exp(log_ratio(logp_BT, experience.logp_behavior_BT)), self.cap)
-        tv_BT = binary_tv(anchor_BT, logp_BT)
-        kl_BT = binary_kl(anchor_BT, logp_BT)
-        outside_BT = self._outside(tv_BT if self.divergence == "tv" else kl_BT, logp_BT - anchor_BT, advantage_BT)
+        found = self._divergences(stats, batch, anchor_BT)
+        used, binary = found[self.support], found["binary"]
+        outside_BT = self._outside(used.tv if self.divergence == "tv" else used.kl, logp_BT - anchor_BT, advantage_BT)
         policy_BT = -advantage_BT * weight_BT * (~outside_BT).astype(jnp.float32) * stats.logp
 
-        metrics = _trust_region_metrics(outside_BT, tv_BT, kl_BT, anchor_BT - logp_BT, batch)
-        return self.assemble(policy_BT, stats, batch, metrics)
+        metrics = _trust_region_metrics(outside_BT, used, binary.tv, anchor_BT - logp_BT, batch)
+        return self.assemble(policy_BT, stats, batch, metrics | _order_metrics(list(found.values()), batch))
+
+    def _divergences(
+        self, stats: TokenStats, batch: Batch, anchor_BT: Float[jax.Array, "B T"]
+    ) -> dict[Support, Divergence]:
+        """Measure the trust region with each support that there are numbers for, from the coarsest to the finest."""
+        stats = jax.lax.stop_gradient(stats)
+        found: dict[Support, Divergence] = {
+            "binary": Divergence(binary_tv(anchor_BT, stats.logp), binary_kl(anchor_BT, stats.logp))
+        }
+        records = self.records
+        if records.top_k:
+            found["topk"] = _topk(stats, batch)
+        if records.hidden:
+            assert stats.tv is not None and stats.reverse_kl is not None, "support=full, but no TV and KL were computed"
+            found["full"] = Divergence(stats.tv, stats.reverse_kl)
+        return found
 
     def _outside(
         self,
@@ -84,25 +122,57 @@ class DPPO(PolicyLoss):
         return rises_BT | falls_BT
 
 
+def _topk(stats: TokenStats, batch: Batch) -> Divergence:
+    """The divergence from the sampler over its likeliest tokens, the drawn one and the rest."""
+    e = batch.experience
+    index_BA, recorded = e.action_index_BA, e.recorded
+    assert stats.topk_logp is not None, "support=topk, but no top-K log-probabilities were computed"
+    drawn_BA1 = at_actions(e.token_BT, index_BA)[:, :, None]
+    over_BA = topk_divergence(
+        recorded.top_logp,
+        stats.topk_logp,
+        at_actions(e.logp_behavior_BT, index_BA),
+        at_actions(stats.logp, index_BA),
+        jnp.any(recorded.top_id == drawn_BA1, axis=-1),
+    )
+    return Divergence(*(to_tokens(x_BA, index_BA, e.token_BT.shape[1]) for x_BA in over_BA))
+
+
+def _order_metrics(found: list[Divergence], batch: Batch) -> Metrics:
+    """Check on each token that no divergence shrinks from one support to the next finer one."""
+    if len(found) == 1:
+        return {}
+    action_BT = batch.experience.action_BT
+    excess_BT = jnp.zeros_like(found[0].tv)
+    for coarse, fine in pairwise(found):
+        for less, more in zip(coarse, fine, strict=True):
+            excess_BT = jnp.maximum(excess_BT, less - more)
+    broken_BT = (excess_BT > _ORDER_SLACK).astype(jnp.float32)
+    return {
+        "trust_region/order_violation_frac": masked_mean(broken_BT, action_BT),
+        "trust_region/order_excess_max": masked_max(excess_BT, action_BT),
+    }
+
+
 def _trust_region_metrics(
     outside_BT: Bool[jax.Array, "B T"],
-    tv_BT: Float[jax.Array, "B T"],
-    kl_BT: Float[jax.Array, "B T"],
+    used: Divergence,
+    binary_tv_BT: Float[jax.Array, "B T"],
     fall_BT: Float[jax.Array, "B T"],
     batch: Batch,
 ) -> Metrics:
     action_BT, advantage_BT = batch.experience.action_BT, batch.advantage_BT
     moved_BT = action_BT & (advantage_BT != 0)
     # An update that lowers a token which the anchor gave at least half more (absolute) than the policy now does.
-    bad_BT = (advantage_BT < 0) & (fall_BT > 0) & (tv_BT >= 0.5)
+    bad_BT = (advantage_BT < 0) & (fall_BT > 0) & (binary_tv_BT >= 0.5)
     outside_BT = outside_BT.astype(jnp.float32)
     return {
         "trust_region/masked_frac": masked_mean(outside_BT, moved_BT),
         "trust_region/masked_frac_pos": masked_mean(outside_BT, action_BT & (advantage_BT > 0)),
         "trust_region/masked_frac_neg": masked_mean(outside_BT, action_BT & (advantage_BT < 0)),
         "trust_region/bad_update_frac": masked_mean(bad_BT.astype(jnp.float32), moved_BT),
-        "trust_region/tv_mean": masked_mean(tv_BT, action_BT),
-        "trust_region/tv_max": masked_max(tv_BT, action_BT),
-        "trust_region/kl_mean": masked_mean(kl_BT, action_BT),
+        "trust_region/tv_mean": masked_mean(used.tv, action_BT),
+        "trust_region/tv_max": masked_max(used.tv, action_BT),
+        "trust_region/kl_mean": masked_mean(used.kl, action_BT),
         "actor/ppo_kl": masked_mean(fall_BT, action_BT),
     }

@@ -1,4 +1,4 @@
-"""The KL divergence to the reference policy, estimated from the tokens that were drawn."""
+"""The KL divergence to the reference policy: estimated from the tokens that were drawn, or exact."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from pydantic import Field
 from ppojax.component import Component
 from ppojax.lazy import Float, jax, jnp
 from ppojax.losses.divergence import log_ratio
+from ppojax.types import Experience, TokenStats
 
 Estimator = Literal["k1", "k2", "k3", "k3+"]
 
@@ -42,27 +43,41 @@ class KLPenalty(Component):
     coefficient: float = Field(
         default=0.0, ge=0, description="weight of the penalty; 0 leaves out the reference policy"
     )
-    estimator: Estimator = Field(
+    estimator: Estimator | Literal["full"] = Field(
         default="k2",
-        description="k2 and k3+ have the gradient of the KL; k3 is GRPO's, biased; k1 has none in expectation",
+        description="full: exact, over the whole vocabulary, at the cost of a second head product; of the drawn token: "
+        "k2 and k3+ have the gradient of the KL; k3 is GRPO's, biased; k1 has none in expectation",
     )
     importance_cap: float | None = Field(
         default=5.0,
         gt=0,
         allow_inf_nan=True,
         description="the penalty is weighted by min(pi/mu, this), as the tokens were drawn from mu; "
-        "null for no weight, as GRPO's code",
+        "null for no weight, as GRPO's code; full does not need it, only shares it",
     )
 
-    def __call__(
-        self,
-        logp_BT: Float[jax.Array, "B T"],
-        logp_ref_BT: Float[jax.Array, "B T"],
-        logp_behavior_BT: Float[jax.Array, "B T"],
-    ) -> Float[jax.Array, "B T"]:
-        """Compute sg(min(pi/mu, cap)) k(log pi - log ref), before the coefficient. The weight is stop-gradiented."""
-        kl_BT = kl_estimate(logp_BT, logp_ref_BT, self.estimator)
+    @property
+    def needs(self) -> frozenset[str]:
+        """Which of the experience's optional arrays the penalty reads."""
+        if self.coefficient == 0:
+            return frozenset()
+        return frozenset({"hidden_ref" if self.estimator == "full" else "logp_ref"})
+
+    def __call__(self, stats: TokenStats, experience: Experience) -> Float[jax.Array, "B T"]:
+        """Compute sg(min(pi/mu, cap)) KL(pi || ref), before the coefficient. The weight is stop-gradiented.
+
+        The KL is `kl_estimate`, or with `full` the exact sum_v pi_v log(pi_v / ref_v) with its exact gradient, as
+        `ppojax.kernels.token_stats` gives it.
+        """
+        kl_BT = self._kl(stats, experience)
         if self.importance_cap is None:
             return kl_BT
-        weight_BT = jnp.minimum(jnp.exp(log_ratio(logp_BT, logp_behavior_BT)), self.importance_cap)
-        return jax.lax.stop_gradient(weight_BT) * kl_BT
+        ratio_BT = jnp.exp(log_ratio(stats.logp, experience.logp_behavior_BT))
+        return jax.lax.stop_gradient(jnp.minimum(ratio_BT, self.importance_cap)) * kl_BT
+
+    def _kl(self, stats: TokenStats, experience: Experience) -> Float[jax.Array, "B T"]:
+        if self.estimator == "full":
+            assert stats.kl_ref is not None, "the loss has an exact KL penalty, but kl_ref was not computed"
+            return stats.kl_ref
+        assert experience.logp_ref_BT is not None, "the loss has a KL penalty, but logp_ref was not scored"
+        return kl_estimate(stats.logp, experience.logp_ref_BT, self.estimator)

@@ -10,7 +10,7 @@ from ppojax.component import Component
 from ppojax.lazy import jax
 from ppojax.losses.aggregate import Aggregation
 from ppojax.masking import masked_mean
-from ppojax.types import Batch, LossOut, Metrics, TokenStats
+from ppojax.types import Batch, LossOut, Metrics, Records, TokenStats
 
 
 class NLL(Component):
@@ -21,8 +21,13 @@ class NLL(Component):
 
     @property
     def needs(self) -> frozenset[str]:
-        """Which of the experience's optional log-probabilities the loss reads: none."""
+        """Which of the experience's optional arrays the loss reads: none."""
         return frozenset()
+
+    @property
+    def records(self) -> Records:
+        """What the sampler must keep of its distribution: nothing."""
+        return Records()
 
     @property
     def entropy(self) -> bool:

@@ -9,11 +9,11 @@ from ppojax.lazy import Float, jax
 from ppojax.losses.aggregate import Aggregation
 from ppojax.losses.kl import KLPenalty
 from ppojax.masking import masked_mean
-from ppojax.types import Batch, LossOut, Metrics, TokenStats
+from ppojax.types import Batch, LossOut, Metrics, Records, TokenStats
 
 
 class PolicyLoss(Component):
-    """The base of the policy losses. `needs` and `entropy` say what must be computed before the loss can be."""
+    """The base of the policy losses. `needs`, `records` and `entropy` say what must be there before the loss can be."""
 
     aggregation: Aggregation = Field(default=Aggregation(), description="how the losses of tokens are averaged")
     entropy_coefficient: float = Field(
@@ -23,8 +23,13 @@ class PolicyLoss(Component):
 
     @property
     def needs(self) -> frozenset[str]:
-        """Which of the experience's optional log-probabilities the loss reads: `logp_old`, `logp_ref`."""
-        return frozenset({"logp_ref"} if self.kl.coefficient > 0 else ())
+        """Which of the experience's optional arrays the loss reads: `logp_old`, `logp_ref`, `hidden_ref`."""
+        return self.kl.needs
+
+    @property
+    def records(self) -> Records:
+        """What the sampler must keep of its distribution for the loss."""
+        return Records()
 
     @property
     def entropy(self) -> bool:
@@ -46,10 +51,8 @@ class PolicyLoss(Component):
         if self.entropy:
             assert stats.entropy is not None, "the loss has an entropy bonus, but no entropy was computed"
             total_BT = total_BT - self.entropy_coefficient * stats.entropy
-        if "logp_ref" in self.needs:
-            logp_ref_BT = batch.experience.logp_ref_BT
-            assert logp_ref_BT is not None, "the loss has a KL penalty, but logp_ref was not scored"
-            kl_BT = self.kl(stats.logp, logp_ref_BT, batch.experience.logp_behavior_BT)
+        if self.kl.needs:
+            kl_BT = self.kl(stats, batch.experience)
             metrics["actor/kl_loss"] = self.aggregation(kl_BT, mask_BT)
             total_BT = total_BT + self.kl.coefficient * kl_BT
         total = self.aggregation(total_BT, mask_BT)

@@ -27,7 +27,7 @@ class PPOClip(PolicyLoss):
 
     @property
     def needs(self) -> frozenset[str]:
-        """Which of the experience's optional log-probabilities the loss reads: `logp_old`, `logp_ref`."""
+        """Which of the experience's optional arrays the loss reads: `logp_old`, `logp_ref`, `hidden_ref`."""
         return super().needs | {"logp_old"}
 
     def __call__(self, stats: TokenStats, batch: Batch) -> LossOut:

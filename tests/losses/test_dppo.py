@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 from pydantic import ValidationError
 
-from ppojax.losses import DPPO, Aggregation, KLPenalty
-from ppojax.types import Batch, LossOut, TokenStats
+from ppojax.losses import DPPO, Aggregation, KLPenalty, PPOClip
+from ppojax.types import Batch, LossOut, Recorded, Records, TokenStats
 from small_batch import experience_of, rows_of, token_row
 
 # Token:         rises far  rises a bit  falls far  falls a bit  comes back  comes back
@@ -100,6 +100,81 @@ def test_old_anchor_decides_the_mask_but_not_the_weight():
     check(loss, batch(mu=PI, old=np.log(MU)), stats(), -A * INSIDE)
     with pytest.raises(AssertionError, match="anchor=old, but logp_old was not scored"):
         loss(stats(), batch())
+
+
+# Whole distributions over four tokens: one token leaves by TV .4 of which the drawn one shows .1, another hardly moves.
+WHOLE_MU = np.asarray([[0.30, 0.50, 0.15, 0.05], [0.6, 0.2, 0.1, 0.1]])
+WHOLE_PI = np.asarray([[0.40, 0.10, 0.45, 0.05], [0.62, 0.2, 0.1, 0.08]])
+
+
+def recorded(k: int, advantage=(1.0, 1.0)) -> tuple[Batch, TokenStats]:
+    """Three positions of which the last two are actions; token 0 is drawn at both."""
+    ids = np.argsort(-WHOLE_MU, axis=1, kind="stable")[:, :k].astype(np.int32)
+    behavior, logp = ([[0, *np.log(x[:, 0])]] for x in (WHOLE_MU, WHOLE_PI))
+    experience = experience_of([[0, 1, 1]], behavior=behavior)
+    kept = Recorded(jnp.asarray(ids[None]), jnp.asarray(np.log(np.take_along_axis(WHOLE_MU, ids, 1)))[None])
+    pad = [[0, 0], [0, 1], [0, 0]]  # a filler position, as packing leaves it
+    kept = Recorded(*(jnp.pad(x, pad).astype(x.dtype) for x in kept[:2]))
+    e = experience._replace(recorded=kept)
+    topk = jnp.pad(jnp.asarray(np.log(np.take_along_axis(WHOLE_PI, ids, 1)), jnp.float32)[None], pad)
+    tv, kl = 0.5 * np.abs(WHOLE_MU - WHOLE_PI).sum(1), (WHOLE_MU * np.log(WHOLE_MU / WHOLE_PI)).sum(1)
+    full = [jnp.asarray([[0, *x]], jnp.float32) for x in (tv, kl)]
+    s = TokenStats(jnp.asarray(logp, jnp.float32), reverse_kl=full[1], tv=full[0], topk_logp=topk)
+    return Batch(e, jnp.asarray([[0.0, *advantage]], jnp.float32)), s
+
+
+@pytest.mark.parametrize(
+    ("support", "masked", "tv"),
+    [("binary", [1, 1], 0.1), ("topk", [0, 1], 0.4), ("full", [0, 1], 0.4)],
+)
+def test_a_finer_support_masks_what_the_drawn_token_does_not_show(support, masked, tv):
+    """With K = 2 the first token's parts are {1} {0} and a rest that gains .3."""
+    loss = DPPO(support=support, top_k=2)
+    b, s = recorded(2)
+    out = loss(s, b)
+    np.testing.assert_allclose(
+        slope(loss, b, s)[0, 1:], -np.asarray(masked) * WHOLE_PI[:, 0] / WHOLE_MU[:, 0], rtol=1e-5
+    )
+    assert float(out.metrics["trust_region/tv_max"].value) == pytest.approx(tv, abs=1e-6)
+    assert ("trust_region/order_violation_frac" in out.metrics) == (support != "binary")
+    back = recorded(2, advantage=(-1.0, -1.0))[0]  # both have risen, which A < 0 takes back
+    assert slope(loss, back, s)[0, 1:].all()
+
+
+def test_kl_over_each_support():
+    b, s = recorded(2)
+    kl = {}
+    for support in ("binary", "topk", "full"):
+        out = DPPO(support=support, divergence="kl", top_k=2)(s, b)
+        kl[support] = float(out.metrics["trust_region/kl_mean"].sum)
+    mu, pi = (np.stack([x[:, 0], x[:, 1], x[:, 2:].sum(1)]) for x in (WHOLE_MU, WHOLE_PI))
+    assert kl["topk"] == pytest.approx((mu * np.log(mu / pi)).sum(), abs=1e-5)
+    assert kl["full"] == pytest.approx((WHOLE_MU * np.log(WHOLE_MU / WHOLE_PI)).sum(), abs=1e-5)
+    assert kl["binary"] < kl["topk"] < kl["full"]
+
+
+def test_what_the_sampler_must_keep():
+    assert DPPO().records == Records() and PPOClip().records == Records()
+    assert DPPO(support="topk", top_k=7).records == Records(7, hidden=False)
+    assert DPPO(support="full").records == Records(0, hidden=True)
+    assert DPPO(compare_supports=True).records == Records(20, hidden=True)
+
+
+def test_supports_out_of_order_are_counted():
+    loss, (b, s) = DPPO(support="topk", top_k=2, compare_supports=True), recorded(2)
+    assert loss(s, b).metrics["trust_region/order_violation_frac"] == (0, 2)
+    short = s._replace(tv=s.tv - jnp.asarray([[0.0, 0.25, 0.0]]))
+    out = loss(short, b).metrics
+    assert out["trust_region/order_violation_frac"] == (1, 2)
+    assert float(out["trust_region/order_excess_max"].value) == pytest.approx(0.25, abs=1e-6)
+
+
+def test_supports_that_were_not_measured():
+    b, s = recorded(2)
+    with pytest.raises(AssertionError, match="support=topk, but no top-K log-probabilities were computed"):
+        DPPO(support="topk")(s._replace(topk_logp=None), b)
+    with pytest.raises(AssertionError, match="support=full, but no TV and KL were computed"):
+        DPPO(support="full")(s._replace(tv=None), b)
 
 
 def test_zero_advantages_are_not_counted():

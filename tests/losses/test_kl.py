@@ -9,7 +9,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ppojax.losses import KLPenalty, kl_estimate
+from ppojax.kernels import token_stats
+from ppojax.losses import DPPO, KLPenalty, kl_estimate
+from ppojax.types import Batch, TokenStats
+from small_batch import experience_of, token_row
 
 VALUE = {
     "k1": lambda x: x,
@@ -62,12 +65,60 @@ def test_expected_gradient_is_that_of_the_kl(name):
 
 def test_importance_weight():
     """pi/mu = 4 weights the penalty by the cap 3, pi/mu = 1/2 by itself; the weight has no gradient."""
-    mu = jnp.log(jnp.asarray([[0.1, 0.4]]))
     logp = jnp.log(jnp.asarray([[0.4, 0.2]]))
-    ref = logp - 1.0
+    experience = experience_of([[1, 1]], behavior=np.log([[0.1, 0.4]]), ref=logp - 1.0)
     penalty = KLPenalty(coefficient=1.0, estimator="k2", importance_cap=3.0)
-    np.testing.assert_allclose(penalty(logp, ref, mu), [[3 * 0.5, 0.5 * 0.5]], rtol=1e-5)
-    slope = jax.grad(lambda logp: penalty(logp, ref, mu).sum())(logp)
+    np.testing.assert_allclose(penalty(TokenStats(logp), experience), [[3 * 0.5, 0.5 * 0.5]], rtol=1e-5)
+    slope = jax.grad(lambda logp: penalty(TokenStats(logp), experience).sum())(logp)
     np.testing.assert_allclose(slope, [[3.0, 0.5]], rtol=1e-5)
     bare = KLPenalty(coefficient=1.0, estimator="k2", importance_cap=None)
-    np.testing.assert_allclose(bare(logp, ref, mu), [[0.5, 0.5]], rtol=1e-5)
+    np.testing.assert_allclose(bare(TokenStats(logp), experience), [[0.5, 0.5]], rtol=1e-5)
+
+
+@pytest.mark.parametrize(("cap", "weight"), [(3.0, [3.0, 0.5]), (None, [1.0, 1.0])])
+def test_the_exact_kl_is_weighted_alike(cap, weight):
+    logp, kl = jnp.log(jnp.asarray([[0.4, 0.2]])), jnp.asarray([[0.7, 0.1]])
+    experience = experience_of([[1, 1]], behavior=np.log([[0.1, 0.4]]))
+    penalty = KLPenalty(coefficient=1.0, estimator="full", importance_cap=cap)
+    assert penalty.needs == {"hidden_ref"} and KLPenalty(estimator="full").needs == frozenset()
+    slopes = jax.grad(lambda s: penalty(s, experience).sum())(TokenStats(logp, kl_ref=kl))
+    np.testing.assert_allclose(slopes.kl_ref, [weight], rtol=1e-5)
+    np.testing.assert_array_equal(slopes.logp, 0)
+    with pytest.raises(AssertionError, match="exact KL penalty, but kl_ref was not computed"):
+        penalty(TokenStats(logp), experience)
+
+
+@pytest.mark.parametrize("head", ["pi", "ref"])
+def test_penalty_and_entropy_bonus_have_their_exact_gradient(head):
+    """Of 0.3 KL(pi || ref) - 0.2 H over 4 tokens, by the Jacobian of the softmax in float64; on policy, A = 0."""
+    rng = np.random.default_rng(0)
+    hidden, ref_hidden = rng.normal(size=(2, 4, 6)).astype(np.float32)
+    head_VD, other_VD = rng.normal(size=(2, 11, 6)).astype(np.float32)
+    ref_head = head_VD if head == "pi" else other_VD
+    target = np.arange(4, dtype=np.int32)
+
+    def log_softmax(x):
+        return x - np.log(np.exp(x).sum(-1, keepdims=True))
+
+    log_p = log_softmax((hidden.astype(np.float64) @ head_VD.T) / 0.8)
+    log_q = log_softmax((ref_hidden.astype(np.float64) @ ref_head.T) / 0.8)
+    p = np.exp(log_p)
+    d = (0.3 * p * (log_p - log_q + 1) + 0.2 * p * (log_p + 1)) / 4
+    d_z = (d - p * d.sum(-1, keepdims=True)) / 0.8
+    value = (0.3 * (p * (log_p - log_q)).sum() + 0.2 * (p * log_p).sum()) / 4
+
+    loss = DPPO(kl=KLPenalty(coefficient=0.3, estimator="full"), entropy_coefficient=0.2)
+    batch = token_row(np.zeros(4), behavior=log_p[target, target])
+
+    def total(hidden, head_VD):
+        other = (jnp.asarray(ref_hidden), jnp.asarray(ref_head))
+        s = token_stats(hidden, head_VD, jnp.asarray(target), reference=other, kl=True, entropy=True, temperature=0.8)
+        row = TokenStats(s.logp[None], s.entropy[None], kl_ref=s.kl[None])
+        out = loss(row, Batch(batch.experience, batch.advantage_BT))
+        return out.sum / out.weight
+
+    got, (d_hidden, d_head) = jax.jit(jax.value_and_grad(total, (0, 1)))(hidden, head_VD)
+    np.testing.assert_allclose(got, value, rtol=1e-5)
+    # The importance weight is exp of a float32 difference: 1 to some 1e-6.
+    np.testing.assert_allclose(d_hidden, d_z @ head_VD.astype(np.float64), rtol=1e-4, atol=1e-6)
+    np.testing.assert_allclose(d_head, d_z.T @ hidden.astype(np.float64), rtol=1e-4, atol=1e-6)
