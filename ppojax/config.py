@@ -18,6 +18,7 @@ from ppojax.models.value_head import HLGaussHead
 from ppojax.rollout.settings import RolloutConfig
 from ppojax.runtime.settings import CheckpointConfig
 from ppojax.settings import Contradiction, Settings, load_config
+from ppojax.types import NO_RECORDS
 from ppojax.update.settings import ActorConfig, CriticConfig, OptimizerConfig, UpdateConfig, WarmStartConfig
 
 # What users of verl, TRL and others would write.
@@ -143,6 +144,7 @@ class Config(Settings):
         yield from _rows(self)
         yield from _tokens(self)
         yield from _schedules(self)
+        yield from _supports(self)
         if self.advantage.needs_values:
             yield from _critic(self)
         if self.warm_start is not None:
@@ -274,6 +276,16 @@ def _schedules(config: Config) -> Iterator[Contradiction]:
                 "the learning rate would fall to zero at once",
                 f"set {key}.decay_steps, or {key}.schedule=constant",
             )
+
+
+def _supports(config: Config) -> Iterator[Contradiction]:
+    loss = config.loss
+    if isinstance(loss, DPPO) and loss.anchor == "old" and loss.records != NO_RECORDS:
+        yield Contradiction(
+            ("loss.anchor", "loss.support", "loss.compare_supports"),
+            "only the sampler keeps more of its distribution than the drawn token: the old policy has no other support",
+            "set loss.anchor=behavior, or loss.support=binary and loss.compare_supports=false",
+        )
 
 
 def _critic(config: Config) -> Iterator[Contradiction]:

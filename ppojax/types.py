@@ -34,6 +34,9 @@ class Records(NamedTuple):
     hidden: bool = False  # the final hidden state, from which the head gives the whole distribution
 
 
+NO_RECORDS = Records()
+
+
 class Recorded(NamedTuple):
     """What the sampler kept of its distribution, at each action and at nothing else; None for what nobody asked for.
 

@@ -8,7 +8,7 @@ import jax
 import numpy as np
 
 from ppojax.mesh import shard_rows
-from ppojax.types import Ending, Experience, Layout, Row
+from ppojax.types import Ending, Experience, Layout, Recorded, Row
 
 PLAIN = Layout()
 
@@ -76,6 +76,7 @@ def pack(
         "group_B": ids([row.group for row in rows], batch - 1),
         "episode_B": ids([row.episode for row in rows], -1),
         "segment_B": ids([row.segment for row in rows], 0),
+        "recorded": _recorded(rows, index_BA.shape),
     }
     routed_BTLK = _routed(rows, shape)
     if routed_BTLK is not None:
@@ -92,6 +93,22 @@ def _routed(rows: Sequence[Row], shape: tuple[int, int]) -> np.ndarray | None:
     for b, routed in kept:
         routed_BTLK[b, : len(routed)] = routed
     return routed_BTLK
+
+
+def _recorded(rows: Sequence[Row], shape: tuple[int, ...]) -> Recorded:
+    """What the sampler kept of each action, 0 behind a row's last one and in rows that failed; None where nothing."""
+
+    def one(column: tuple[np.ndarray | None, ...]) -> np.ndarray | None:
+        first = column[0]
+        if first is None:
+            return None
+        out = np.zeros((*shape, *first.shape[1:]), first.dtype)
+        for b, (row, kept) in enumerate(zip(rows, column, strict=True)):
+            if kept is not None and row.ending != Ending.ERROR:
+                out[b, : len(kept)] = kept
+        return out
+
+    return Recorded(*map(one, zip(*(row.recorded for row in rows), strict=True)))
 
 
 def _round_up(n: int, multiple: int) -> int:

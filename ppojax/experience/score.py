@@ -8,8 +8,9 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from ppojax.experience.batch import without_records
 from ppojax.experience.minibatch import join_rows, split_rows
-from ppojax.models.forward import ModelDef, Params, score_tokens, values
+from ppojax.models.forward import ModelDef, Params, action_states, score_tokens, values
 from ppojax.types import Experience, Layout
 
 
@@ -21,7 +22,7 @@ class Scorers(NamedTuple):
     critic: Params | None = None
 
 
-@partial(jax.jit, static_argnames=("actor", "critic", "layout", "temperature", "microbatch_rows"))
+@partial(jax.jit, static_argnames=("actor", "critic", "layout", "temperature", "microbatch_rows", "hidden_ref"))
 def score(
     scorers: Scorers,
     experience: Experience,
@@ -31,25 +32,31 @@ def score(
     layout: Layout,
     temperature: float,
     microbatch_rows: int,
+    hidden_ref: bool = False,
 ) -> Experience:
     """Fill `logp_old_BT`, `logp_ref_BT` and `value_MBT` from the parameters that are given.
 
     Rows go through in microbatches of the update's own shape, so that log-probabilities taken here and there come
     from the same computation. Where the sampler's experts are recorded, policy and reference both replay them: their
-    difference is then one of weights, and zero at the start.
+    difference is then one of weights, and zero at the start. With `hidden_ref` the reference policy's hidden states at
+    the actions are kept, `hidden_ref_BAD`, instead of its log-probabilities.
     """
 
     def logp(params: Params | None, rows: Experience) -> jax.Array | None:
         return None if params is None else score_tokens(actor, params, rows, layout, temperature=temperature).logp
 
-    def one(rows: Experience) -> tuple[jax.Array | None, jax.Array | None, jax.Array | None]:
+    def one(rows: Experience) -> tuple[jax.Array | None, ...]:
         value_BMT = None
         if scorers.critic is not None:
             assert critic is not None
             value_BMT = jnp.swapaxes(values(critic, scorers.critic, rows, layout), 0, 1)
-        return logp(scorers.old, rows), logp(scorers.reference, rows), value_BMT
+        if hidden_ref:
+            assert scorers.reference is not None
+            hidden_BAD, _ = action_states(actor, scorers.reference, rows, layout)
+            return logp(scorers.old, rows), None, value_BMT, hidden_BAD
+        return logp(scorers.old, rows), logp(scorers.reference, rows), value_BMT, None
 
-    parts = jax.lax.map(one, split_rows(experience, microbatch_rows, layout.group))
-    old_BT, ref_BT, value_BMT = jax.tree.map(lambda x: join_rows(x, layout.group), parts)
+    parts = jax.lax.map(one, split_rows(without_records(experience), microbatch_rows, layout.group))
+    old_BT, ref_BT, value_BMT, hidden_BAD = jax.tree.map(lambda x: join_rows(x, layout.group), parts)
     value_MBT = None if value_BMT is None else jnp.swapaxes(value_BMT, 0, 1)
-    return experience._replace(logp_old_BT=old_BT, logp_ref_BT=ref_BT, value_MBT=value_MBT)
+    return experience._replace(logp_old_BT=old_BT, logp_ref_BT=ref_BT, value_MBT=value_MBT, hidden_ref_BAD=hidden_BAD)

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import jax
 import numpy as np
 
+from ppojax.experience.batch import without_records
 from ppojax.types import Batch, Ending, Row
 
 
@@ -56,7 +57,7 @@ def advantage_metrics(batch: Batch, gamma: float) -> dict[str, float]:
     (which contains V itself and flatters it); V is the mean over critics, taken before this step's update. It is
     left out when returns do not vary. `critic/value_std` is the deviation between critics, averaged over tokens.
     """
-    e = jax.device_get(batch.experience)
+    e = jax.device_get(without_records(batch.experience))
     action_BT, advantage_BT = e.action_BT, jax.device_get(batch.advantage_BT)
     if not action_BT.any():
         return {}

@@ -10,7 +10,7 @@ from ppojax.component import Component
 from ppojax.lazy import jax
 from ppojax.losses.aggregate import Aggregation
 from ppojax.masking import masked_mean
-from ppojax.types import Batch, LossOut, Metrics, Records, TokenStats
+from ppojax.types import NO_RECORDS, Batch, LossOut, Metrics, Records, TokenStats
 
 
 class NLL(Component):
@@ -27,7 +27,7 @@ class NLL(Component):
     @property
     def records(self) -> Records:
         """What the sampler must keep of its distribution: nothing."""
-        return Records()
+        return NO_RECORDS
 
     @property
     def entropy(self) -> bool:

@@ -9,7 +9,7 @@ from ppojax.lazy import Float, jax
 from ppojax.losses.aggregate import Aggregation
 from ppojax.losses.kl import KLPenalty
 from ppojax.masking import masked_mean
-from ppojax.types import Batch, LossOut, Metrics, Records, TokenStats
+from ppojax.types import NO_RECORDS, Batch, LossOut, Metrics, Records, TokenStats
 
 
 class PolicyLoss(Component):
@@ -29,7 +29,7 @@ class PolicyLoss(Component):
     @property
     def records(self) -> Records:
         """What the sampler must keep of its distribution for the loss."""
-        return Records()
+        return NO_RECORDS
 
     @property
     def entropy(self) -> bool:

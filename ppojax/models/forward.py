@@ -2,21 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from ppojax.actions import at_actions, to_tokens
 from ppojax.kernels import cap_logits, token_stats
 from ppojax.mesh import sharding
 from ppojax.models.attention import KeyValue, Packing
 from ppojax.models.critic import Critic
 from ppojax.models.decoder import Decoder, Hidden
 from ppojax.models.lora import LoRAConfig, combine, row_keys, split
-from ppojax.models.spec import AttentionChoice, DecoderSpec, Remat
+from ppojax.models.spec import AttentionChoice, DecoderSpec, Remat, StatisticsChoice
 from ppojax.models.value_head import ValueHead
 from ppojax.types import Experience, Layout, Routing, TokenStats
 
@@ -38,6 +40,7 @@ class ModelDef:
     head: ValueHead | None = None  # what values are read by; None for a policy
     count: int = 1
     attention: AttentionChoice = "xla"
+    statistics: StatisticsChoice | None = None  # what computes token statistics; None: the default
     lora: LoRAConfig | None = None  # adapters are trained, all else but a value head is frozen
     mesh: jax.sharding.Mesh | None = None  # where it runs; experts need it to send tokens between devices
 
@@ -226,6 +229,25 @@ def by_layer(routed_BTLK: jax.Array | None) -> jax.Array | None:
     return None if routed_BTLK is None else jnp.moveaxis(routed_BTLK, 2, 0).astype(jnp.int32)
 
 
+class Heads(NamedTuple):
+    """Heads of other policies, `[V, D]` in the compute type, which the policy is compared with over the vocabulary."""
+
+    behavior: jax.Array | None = None  # of the sampler, for the hidden states that it recorded
+    reference: jax.Array | None = None  # of the frozen reference policy, for `hidden_ref_BAD`
+
+
+ALONE = Heads()
+
+
+def action_states(
+    model: ModelDef, params: Params, experience: Experience, layout: Layout, key: jax.Array | None = None
+) -> tuple[jax.Array, Routing | None]:
+    """Hidden state in which each action was chosen, `[B, A, D]`, of no meaning at filler positions; and the routing."""
+    before_BRD, offset_B, routing = read_rows(model, params, experience, layout, key)
+    place_BA = jnp.maximum(experience.action_index_BA - offset_B[:, None], 0)
+    return jnp.take_along_axis(before_BRD, place_BA[:, :, None], axis=1), routing
+
+
 def score_tokens(
     model: ModelDef,
     params: Params,
@@ -248,35 +270,67 @@ def score_and_route(
     temperature: float,
     entropy: bool = False,
     key: jax.Array | None = None,
+    heads: Heads = ALONE,
 ) -> tuple[TokenStats, Routing | None]:
     """Score the actions of each row under the policy, aligned with their tokens, 0 elsewhere; and its routing.
 
     `logp_BT[:, t] = log softmax(logits(hidden[:, t-1]) / temperature)[token[:, t]]`. Only action positions meet the
     head, and the vocabulary is never held for all of them at once. With a `key` the adapters drop inputs.
+
+    With `heads.behavior` also `tv` and `reverse_kl` = KL(sampler || policy), without gradient; with `heads.reference`
+    also `kl_ref` = KL(policy || reference); and `topk_logp`, over actions `[B, A, K]`, where tokens are recorded.
     """
-    before_BRD, offset_B, routing = read_rows(model, params, experience, layout, key)
-    index_BA = experience.action_index_BA
-    B, A = index_BA.shape
-    # Filler indices are 0; they read some state and are dropped below.
-    place_BA = jnp.maximum(index_BA - offset_B[:, None], 0)
-    chosen_BAD = jnp.take_along_axis(before_BRD, place_BA[:, :, None], axis=1)
-    target_BA = jnp.take_along_axis(experience.token_BT, index_BA, axis=1)
-    head = head_VD(params).astype(model.dtype)
-    stats = token_stats(
-        chosen_BAD.reshape(B * A, -1),
-        head,
-        target_BA.reshape(B * A),
+    hidden_BAD, routing = action_states(model, params, experience, layout, key)
+    how = partial(
+        token_stats,
         temperature=temperature,
-        entropy=entropy,
         softcap=model.spec.logit_softcap,
+        implementation=model.statistics,
         mesh=model.mesh,
     )
+    stats = _statistics(how, hidden_BAD, head_VD(params).astype(model.dtype), experience, entropy, heads)
+    index_BA, topk_NK = experience.action_index_BA, stats.topk_logp
 
     def align(x_N: jax.Array) -> jax.Array:
-        x_BA = jnp.where(index_BA > 0, x_N.reshape(B, A), 0.0)
-        return jnp.zeros(experience.token_BT.shape, jnp.float32).at[jnp.arange(B)[:, None], index_BA].add(x_BA)
+        return to_tokens(x_N.reshape(index_BA.shape), index_BA, experience.token_BT.shape[1])
 
-    return TokenStats(align(stats.logp), None if stats.entropy is None else align(stats.entropy)), routing
+    aligned = jax.tree.map(align, stats._replace(topk_logp=None))
+    return aligned._replace(topk_logp=None if topk_NK is None else topk_NK.reshape(*index_BA.shape, -1)), routing
+
+
+def _statistics(
+    how: Callable[..., TokenStats],
+    hidden_BAD: jax.Array,
+    head_VD: jax.Array,
+    experience: Experience,
+    entropy: bool,
+    heads: Heads,
+) -> TokenStats:
+    """The statistics of each action position, `[B A]`."""
+    recorded = experience.recorded
+
+    def flat(x_BA: jax.Array | None) -> jax.Array:
+        assert x_BA is not None, "a policy is compared with another one whose hidden states were not kept"
+        return x_BA.reshape(-1, *x_BA.shape[2:])
+
+    hidden_ND, target_N = flat(hidden_BAD), flat(at_actions(experience.token_BT, experience.action_index_BA))
+    stats = how(
+        hidden_ND,
+        head_VD,
+        target_N,
+        entropy=entropy,
+        topk_id_NK=None if recorded.top_id is None else flat(recorded.top_id),
+        reference=None if heads.reference is None else (flat(experience.hidden_ref_BAD), heads.reference),
+        kl=heads.reference is not None,
+    )
+    stats = stats._replace(kl=None, kl_ref=stats.kl)
+    if heads.behavior is None:
+        return stats
+    # Of constants, in a call of its own: it decides a mask, and the backward pass need not know of it.
+    held = jax.lax.stop_gradient((hidden_ND, head_VD))
+    other = (flat(recorded.hidden), heads.behavior)
+    gap = how(*held, target_N, reference=other, reverse_kl=True, tv=True)
+    return stats._replace(reverse_kl=gap.reverse_kl, tv=gap.tv)
 
 
 class Prediction(NamedTuple):

@@ -47,11 +47,11 @@ def load_model(
         assert config.fresh is not None
         tokenizer = char_tokenizer(string.printable[:95] + "\n")
         spec = config.fresh.decoder(tokenizer.vocab_size)
-        model = ModelDef(spec, config.dtype, config.remat, attention=config.attention)
+        model = ModelDef(spec, config.dtype, config.remat, attention=config.attention, statistics=config.statistics)
         params = init(model, key)
     else:
         spec, params, tokenizer = read_pretrained(config.path, mesh, check, dtype, config.chat_template)
-        model = ModelDef(spec, config.dtype, config.remat, attention=config.attention)
+        model = ModelDef(spec, config.dtype, config.remat, attention=config.attention, statistics=config.statistics)
     if config.lora is not None:
         check_targets(spec, config.lora, "model.lora")
         model = replace(model, lora=config.lora)

@@ -8,7 +8,7 @@ from pydantic import Field
 
 from ppojax.component import Component
 from ppojax.models.lora import LoRAConfig
-from ppojax.models.spec import AttentionChoice, DecoderSpec, MoESpec, Remat, RopeSpec
+from ppojax.models.spec import AttentionChoice, DecoderSpec, MoESpec, Remat, RopeSpec, StatisticsChoice
 
 Dtype = Literal["float32", "bfloat16"]  # float16 needs loss scaling, which is not here yet
 
@@ -66,6 +66,11 @@ class ModelConfig(Component):
         default="xla",
         description="what attends: xla; cudnn (flash attention, where it can; else XLA, and the log says why), not yet "
         "run on a GPU; auto is cudnn on a GPU and xla elsewhere",
+    )
+    statistics: StatisticsChoice | None = Field(
+        default=None,
+        description="what computes log-probabilities, entropies and divergences over the vocabulary: tiled (the "
+        "default), reference (all logits at once, for tests), pallas_gpu, pallas_tpu, triton",
     )
     base_dtype: Dtype = Field(default="float32", description="type in which frozen weights are kept, with lora")
     lora: LoRAConfig | None = Field(

@@ -10,6 +10,7 @@ from ppojax.component import Component
 
 Remat = Literal["none", "dots", "full"]
 AttentionChoice = Literal["auto", "xla", "cudnn"]
+StatisticsChoice = Literal["reference", "tiled", "pallas_gpu", "pallas_tpu", "triton"]  # ppojax.kernels' own names
 Activation = Literal["silu", "gelu_tanh", "clipped_swiglu"]
 Scoring = Literal["softmax", "softmax_chosen", "sigmoid"]
 

@@ -21,8 +21,8 @@ from ppojax.envs import Env, EnvConfig, Step, Task
 from ppojax.errors import DataError
 from ppojax.models.forward import Params
 from ppojax.models.tokenizer import Tokenizer
-from ppojax.rollout.sampler import SamplerDef, Turn, decode, extend, pad_tokens, prefill
-from ppojax.types import Ending, Messages, Rollout, Row
+from ppojax.rollout.sampler import SamplerDef, Turn, decode, extend, pad_tokens, prefill, record_shapes
+from ppojax.types import Ending, Messages, Recorded, Rollout, Row
 
 
 @dataclass
@@ -41,6 +41,7 @@ class Episode:
     clipped: bool = False  # a turn ran into its limit
     info: dict[str, Any] = field(default_factory=dict)
     routed: np.ndarray | None = None  # of every token, when the sampler kept its choice of experts
+    recorded: list[Recorded] = field(default_factory=list)  # of the actions, turn by turn
 
     def write(self, ids: Sequence[int], *, action: bool, logp: Sequence[float] | None = None) -> None:
         """Append tokens to the row."""
@@ -92,6 +93,7 @@ class Episode:
             messages=self.messages,
             info=self.info,
             routed=self.routed,
+            recorded=jax.tree.map(lambda *turns: np.concatenate(turns), *self.recorded),
         )
 
     def close(self) -> None:
@@ -167,8 +169,10 @@ class Collector:
         """Start the episodes of one task; they share a prompt, which is read once."""
         shared: list[int] | None = None
         members = []
+        nothing = jax.tree.map(lambda kept: np.zeros(kept.shape, kept.dtype), record_shapes(self.sampler, 0))
         for member in range(self.group_size):
-            episode = Episode(self.env.make(), group, group * self.group_size + member, [], [])
+            number = group * self.group_size + member
+            episode = Episode(self.env.make(), group, number, [], [], recorded=[nothing])
             episodes.append(episode)
             members.append(episode)
             try:
@@ -196,6 +200,7 @@ class Collector:
                 continue
             count = int(turn.count_B[b])
             ids, logp = turn.token_BN[b, :count].tolist(), turn.logp_BN[b, :count].tolist()
+            episode.recorded.append(jax.tree.map(lambda kept, b=b, n=count: kept[b, :n].copy(), turn.recorded))
             ended = ids[-1] in self.tokenizer.eos_ids
             episode.clipped |= not turn.stopped_B[b]
             new = episode.act(ids, logp, self.tokenizer.decode(ids[:-1] if ended else ids))

@@ -20,6 +20,7 @@ from ppojax.models.attention import KeyValue
 from ppojax.models.decoder import Hidden
 from ppojax.models.forward import ModelDef, Params, head_VD, hidden_states, logits
 from ppojax.rollout.stop import START
+from ppojax.types import NO_RECORDS, Recorded, Records
 
 CACHE = (None, "rows", None, "kv_heads", None)  # logical axes of keys and values
 ROUTED = (None, "rows", None, None)  # and of the experts that were chosen
@@ -42,6 +43,7 @@ class Turn(NamedTuple):
     logp_BN: jax.Array  # float32, log-probability under the distribution that the token was drawn from
     count_B: jax.Array  # int32, tokens written
     stopped_B: jax.Array  # bool, ended by a stop token or string (not by a limit)
+    recorded: Recorded = Recorded()  # [B, N, ...], what was asked for; of no meaning past the count
 
 
 @dataclass(frozen=True)
@@ -55,6 +57,30 @@ class SamplerDef:
     temperature: float = 1.0
     greedy: bool = False
     record_experts: bool = False
+    records: Records = NO_RECORDS  # what is kept of the distribution that each token was drawn from
+
+
+def record_shapes(sampler: SamplerDef, *before: int) -> Recorded:
+    """Shapes and types of what is kept at each action, behind the given axes."""
+    records, model = sampler.records, sampler.model
+
+    def shape(width: int, dtype: str) -> jax.ShapeDtypeStruct | None:
+        return jax.ShapeDtypeStruct((*before, width), jnp.dtype(dtype)) if width else None
+
+    hidden = shape(model.spec.width if records.hidden else 0, model.dtype)
+    return Recorded(shape(records.top_k, "int32"), shape(records.top_k, "float32"), hidden)
+
+
+def record(
+    records: Records, logits_BV: jax.Array, hidden_BD: jax.Array, token_B: jax.Array, logp_B: jax.Array
+) -> Recorded:
+    """Keep what is asked for of the distributions that tokens were drawn from with their log-probabilities."""
+    hidden = hidden_BD if records.hidden else None
+    if not records.top_k:
+        return Recorded(hidden=hidden)
+    top_BK, id_BK = jax.lax.top_k(logits_BV, records.top_k)
+    drawn_B1 = jnp.take_along_axis(logits_BV, token_B[:, None], axis=-1)
+    return Recorded(id_BK, (top_BK - drawn_B1) + logp_B[:, None], hidden)
 
 
 def sample(logits_BV: jax.Array, uniform_B: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -174,6 +200,7 @@ def decode(
         logits_BV = logits(sampler.model, head, slots.hidden_BD) / sampler.temperature
         uniform_B = jax.vmap(lambda k, t: jax.random.uniform(jax.random.fold_in(k, t)))(key_B, slots.length_B)
         token_B, logp_B = greedy_choice(logits_BV) if sampler.greedy else sample(logits_BV, uniform_B)
+        new = record(sampler.records, logits_BV, slots.hidden_BD, token_B, logp_B)
         read = hidden_states(sampler.model, params, token_B[:, None], slots.length_B[:, None], slots.cache)
         slots = append(slots, read, live_B.astype(jnp.int32))
         state_B = jnp.where(live_B, stop_SV[state_B, token_B], state_B)
@@ -182,12 +209,20 @@ def decode(
             turn.logp_BN.at[:, n].set(jnp.where(live_B, logp_B, 0.0)),
             turn.count_B + live_B.astype(jnp.int32),
             turn.stopped_B | (live_B & (state_B == stopped_state)),
+            jax.tree.map(lambda kept, new: kept.at[:, n].set(new), turn.recorded, new),
         )
         live_B = live_B & (state_B != stopped_state) & (slots.length_B < sampler.slots)
         return n + 1, live_B, state_B, slots, turn
 
+    def room(kept: jax.ShapeDtypeStruct) -> jax.Array:
+        return jax.lax.with_sharding_constraint(jnp.zeros(kept.shape, kept.dtype), sharding(sampler.mesh, ("rows",)))
+
     turn = Turn(
-        jnp.zeros((B, N), jnp.int32), jnp.zeros((B, N), jnp.float32), jnp.zeros(B, jnp.int32), jnp.zeros(B, bool)
+        jnp.zeros((B, N), jnp.int32),
+        jnp.zeros((B, N), jnp.float32),
+        jnp.zeros(B, jnp.int32),
+        jnp.zeros(B, bool),
+        jax.tree.map(room, record_shapes(sampler, B, N)),
     )
     live_B = active_B & (slots.length_B < sampler.slots)
     carry = (jnp.int32(0), live_B, jnp.full(B, START, jnp.int32), slots, turn)

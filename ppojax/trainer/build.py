@@ -11,6 +11,7 @@ import numpy as np
 from ppojax.config import Config
 from ppojax.envs import Task
 from ppojax.errors import ConfigError, DataError
+from ppojax.kernels.dispatch import choose, platform_of
 from ppojax.mesh import enable_compilation_cache, replicated
 from ppojax.models.critic_source import CriticForm, load_critic
 from ppojax.models.forward import ModelDef, Params
@@ -21,7 +22,7 @@ from ppojax.rollout.collect import Collector
 from ppojax.rollout.sampler import SamplerDef
 from ppojax.rollout.stop import stop_table
 from ppojax.runtime.allocator import keep_freed_memory
-from ppojax.types import TrainState
+from ppojax.types import NO_RECORDS, TrainState
 from ppojax.update.state import init_state, place_frozen
 
 # Purposes of randomness, and the "step" of what happens outside of steps.
@@ -81,6 +82,7 @@ def build(config: Config) -> tuple[Parts, States]:
     loaded = load_model(config.model, key, mesh, lambda model: _check_mesh(config, model))
     loaded = replace(loaded, model=replace(loaded.model, mesh=mesh))
     _check_mesh(config, loaded.model)
+    _check_statistics(config, loaded.model)
     trained, frozen = split(loaded.params, loaded.model.lora)
     critic, critic_base, critic_state = None, {}, None
     if config.advantage.needs_values:
@@ -135,6 +137,7 @@ def make_collector(config: Config, model: ModelDef, tokenizer: Tokenizer, mesh: 
         rollout.max_turn_tokens,
         rollout.temperature,
         record_experts=rollout.record_experts and model.spec.moe is not None,
+        records=config.loss.records,
     )
     table = stop_table(tokenizer.token_bytes(), config.env.stop, tokenizer.eos_ids)
     unused = np.repeat(np.arange(len(table), dtype=np.int32)[:, None], model.spec.vocab - table.shape[1], axis=1)
@@ -144,7 +147,7 @@ def make_collector(config: Config, model: ModelDef, tokenizer: Tokenizer, mesh: 
 
 def greedy(collector: Collector) -> Collector:
     """The same episodes, one of each task, always with the most likely token."""
-    sampler = replace(collector.sampler, greedy=True, record_experts=False)
+    sampler = replace(collector.sampler, greedy=True, record_experts=False, records=NO_RECORDS)
     return replace(collector, sampler=sampler, group_size=1)
 
 
@@ -152,3 +155,19 @@ def _check_mesh(config: Config, model: ModelDef) -> None:
     faults = config.mesh.check_divides(model.spec.axis_sizes())
     if faults:
         raise ConfigError("; ".join(faults))
+
+
+def _check_statistics(config: Config, model: ModelDef) -> None:
+    """Check what computes token statistics, and what is recorded for them, against vocabulary and devices."""
+    vocabulary, top_k = model.spec.vocab, config.loss.records.top_k
+    if top_k > vocabulary:
+        raise ConfigError(
+            f"loss.top_k={top_k}: the vocabulary has {vocabulary} tokens; set loss.top_k to {vocabulary} or less, or "
+            f"loss.support=full"
+        )
+    if model.statistics in (None, "reference"):
+        return
+    try:
+        choose(model.statistics, platform_of(model.mesh), vocabulary // config.mesh.tensor)
+    except ValueError as fault:
+        raise ConfigError(f"model.statistics={model.statistics}: {fault}") from fault

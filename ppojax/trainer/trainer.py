@@ -14,13 +14,13 @@ import numpy as np
 
 from ppojax.config import Config
 from ppojax.errors import DataError, DivergedError
-from ppojax.experience.batch import make_batch
+from ppojax.experience.batch import make_batch, without_records
 from ppojax.experience.minibatch import minibatches
 from ppojax.experience.pack import layout_of, pack
 from ppojax.experience.score import Scorers, score
 from ppojax.experience.summary import advantage_metrics, rollout_metrics
 from ppojax.models.flops import experience_flops, peak_flops
-from ppojax.models.forward import Params
+from ppojax.models.forward import Heads, Params, head_VD
 from ppojax.models.lora import combine, fingerprint, merge
 from ppojax.models.pretrained import Loaded
 from ppojax.models.settings import CutCritic
@@ -113,6 +113,7 @@ class Trainer:
                     layout=layout,
                     temperature=config.rollout.temperature,
                     microbatch_rows=config.update.microbatch_rows,
+                    hidden_ref="hidden_ref" in config.loss.needs,
                 )
             )
         batch = make_batch(experience, estimator=config.advantage)
@@ -172,7 +173,7 @@ class Trainer:
         self.stream.set_state(position["tasks"])
 
     def _copy_of_actor(self) -> Params | None:
-        if "logp_ref" not in self.config.loss.needs:
+        if not self.config.loss.needs & {"logp_ref", "hidden_ref"}:
             return None
         return jax.tree.map(lambda p: p.copy(), self.states.actor.params)
 
@@ -184,8 +185,21 @@ class Trainer:
             critic=None if critic is None else combine(self.parts.critic_base, critic.params),
         )
 
+    def _heads(self) -> Heads:
+        """The heads of the policies that the loss compares with; the update takes the actor's own arrays over."""
+        dtype, loss = self.parts.actor.dtype, self.config.loss
+        behavior = reference = None
+        if loss.records.hidden:
+            head = head_VD(self.policy())
+            behavior = head.copy() if head.dtype == dtype else head.astype(dtype)
+        if "hidden_ref" in loss.needs:
+            assert self.reference is not None
+            reference = head_VD(combine(self.parts.actor_base, self.reference)).astype(dtype)
+        return Heads(behavior, reference)
+
     def _update_critic(self, batch: Batch, layout: Layout) -> dict[str, float]:
         config, parts, done = self.config, self.parts, []
+        batch = batch._replace(experience=without_records(batch.experience))
         assert parts.critic is not None
         for epoch in range(config.update.epochs * config.critic.updates):
             for minibatch in minibatches(
@@ -210,6 +224,7 @@ class Trainer:
 
     def _update_actor(self, batch: Batch, layout: Layout) -> dict[str, float]:
         config, parts, done = self.config, self.parts, []
+        heads = self._heads()
         for epoch in range(config.update.epochs):
             for minibatch in minibatches(
                 batch, config.update.minibatches, (config.seed, self.number, epoch, 0), layout.group, parts.mesh
@@ -227,6 +242,7 @@ class Trainer:
                     router=config.actor.router,
                     frozen=parts.actor_base,
                     key=dropout_key(parts.actor, config.seed, self.number, DROP_ACTOR, len(done)),
+                    heads=heads,
                 )
                 done.append(metrics)
         self._check_finite("actor", skipped_in_a_row(self.states.actor))
