@@ -177,6 +177,12 @@ CONTRADICTIONS = [
         "prompt in its row; raise rollout.max_tokens or lower rollout.max_turn_tokens",
     ),
     (
+        (*BASE, "loss.support=full", "loss.anchor=old"),
+        "loss.anchor=old (command line), loss.support=full (command line), loss.compare_supports=false (default): only "
+        "the sampler keeps more of its distribution than the drawn token: the old policy has no other support; set "
+        "loss.anchor=behavior, or loss.support=binary and loss.compare_supports=false",
+    ),
+    (
         (*BASE, "actor.optimizer.schedule=cosine"),
         "actor.optimizer.schedule=cosine (command line), actor.optimizer.decay_steps=0 (default): the learning rate "
         "would fall to zero at once; set actor.optimizer.decay_steps, or actor.optimizer.schedule=constant",

@@ -41,7 +41,7 @@ class Episode:
     clipped: bool = False  # a turn ran into its limit
     info: dict[str, Any] = field(default_factory=dict)
     routed: np.ndarray | None = None  # of every token, when the sampler kept its choice of experts
-    recorded: list[Recorded] = field(default_factory=list)  # of the actions, turn by turn
+    recorded: list[Recorded] = field(default_factory=lambda: [Recorded()])  # of the actions, turn by turn
 
     def write(self, ids: Sequence[int], *, action: bool, logp: Sequence[float] | None = None) -> None:
         """Append tokens to the row."""

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from helpers import random_experience
 from ppojax.experience.minibatch import join_rows, minibatches, split_rows, take_rows
 from ppojax.mesh import MeshConfig
-from ppojax.types import Batch, Experience
+from ppojax.types import Batch, Experience, Recorded
 
 MESH = MeshConfig().build()
 
@@ -23,7 +23,12 @@ def numbered(prompts: int, group: int, mesh: MeshConfig | None = None) -> Batch:
     row_B = jnp.arange(prompts * group, dtype=jnp.float32)
     value_MBT = jnp.stack([row_B, row_B + 100])[:, :, None]
     row_BT = row_B[:, None] + jnp.zeros_like(experience.reward_BT)
-    scored = experience._replace(logp_old_BT=row_BT, value_MBT=value_MBT + jnp.zeros((1, 1, row_BT.shape[1])))
+    scored = experience._replace(
+        logp_old_BT=row_BT,
+        value_MBT=value_MBT + jnp.zeros((1, 1, row_BT.shape[1])),
+        recorded=Recorded(hidden=row_B[:, None, None] + jnp.zeros((1, 3, 2))),
+        hidden_ref_BAD=row_B[:, None, None] + jnp.zeros((1, 3, 2)),
+    )
     return Batch(scored, row_BT, scored.value_MBT)
 
 
@@ -34,6 +39,8 @@ def rows_in(batch: Batch) -> list[int]:
     assert e.value_MBT is not None and e.logp_old_BT is not None and batch.return_MBT is not None
     for x in (e.value_MBT[0, :, 0], e.value_MBT[1, :, 0] - 100, batch.return_MBT[0, :, 0], e.logp_old_BT[:, 0]):
         np.testing.assert_array_equal(x, row)
+    for hidden in (e.recorded.hidden, e.hidden_ref_BAD):
+        np.testing.assert_array_equal(hidden[:, 0, 0], row)
     np.testing.assert_array_equal(e.episode_B, row)
     return [int(r) for r in row]
 

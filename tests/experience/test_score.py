@@ -10,7 +10,7 @@ import pytest
 
 from helpers import ACTOR, CRITIC, params, random_experience
 from ppojax.experience.score import Scorers, score
-from ppojax.models.forward import score_tokens, values
+from ppojax.models.forward import action_states, score_tokens, values
 from ppojax.types import Layout
 
 
@@ -38,3 +38,13 @@ def test_what_nobody_asks_for_is_not_computed() -> None:
     assert run(Scorers(), experience).logp_old_BT is None
     got = run(Scorers(old=params(ACTOR)), experience)
     assert got.logp_old_BT is not None and got.logp_ref_BT is None and got.value_MBT is None
+
+
+def test_the_reference_policy_s_hidden_states_are_kept() -> None:
+    experience, layout = random_experience(share=True)
+    run = partial(score, actor=ACTOR, critic=None, layout=layout, temperature=1.0, microbatch_rows=4)
+    got = run(Scorers(reference=params(ACTOR)), experience, hidden_ref=True)
+    assert got.logp_ref_BT is None and got.hidden_ref_BAD is not None
+    want_BAD, _ = jax.jit(lambda p: action_states(ACTOR, p, experience, Layout()))(params(ACTOR))
+    real = np.asarray(experience.action_index_BA) > 0
+    np.testing.assert_allclose(got.hidden_ref_BAD[real], want_BAD[real], rtol=1e-5, atol=1e-5)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import partial
 
 import jax
@@ -9,10 +10,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from helpers import ACTOR, CRITIC, params, random_experience
+from helpers import ACTOR, CRITIC, SPEC, params, random_experience
 from ppojax.models import forward
-from ppojax.models.forward import Params, head_VD, hidden_states, positions
-from ppojax.types import Experience, Layout
+from ppojax.models.forward import Heads, Params, action_states, head_VD, hidden_states, positions
+from ppojax.types import Experience, Layout, Recorded
 
 # Eager scans and checkpoints are several times slower than compiling these once a shape.
 score_tokens = jax.jit(forward.score_tokens, static_argnames=("model", "layout", "temperature", "entropy"))
@@ -39,6 +40,46 @@ def test_logp_is_that_of_the_token_it_stands_at(temperature: float, share: bool)
     np.testing.assert_allclose(got.logp, direct_logp(p, experience, temperature), rtol=2e-5, atol=2e-5)
     assert np.all(np.asarray(got.entropy)[~np.asarray(experience.action_BT)] == 0)
     assert np.all(np.asarray(got.entropy)[np.asarray(experience.action_BT)] > 0)
+
+
+def test_comparisons_with_two_policies() -> None:
+    """With the sampler's and the reference's whole distributions, against the definition; only the second's KL and
+    the policy's own statistics have a gradient."""
+    model = replace(ACTOR, spec=SPEC.model_copy(update={"logit_softcap": 4.0, "tied": False}))
+    experience, layout = random_experience(share=True)
+    p, sampler, ref = (params(model, seed) for seed in range(3))
+    ids = jax.random.randint(jax.random.key(9), (*experience.action_index_BA.shape, 3), 0, 48)
+
+    @jax.jit
+    def both(p: Params) -> tuple:
+        hidden = [action_states(model, q, experience, Layout())[0] for q in (p, sampler, ref)]
+        e = experience._replace(recorded=Recorded(ids, None, hidden[1]), hidden_ref_BAD=hidden[2])
+        heads = Heads(head_VD(sampler), head_VD(ref))
+        got = forward.score_and_route(model, p, e, layout, temperature=0.8, heads=heads)[0]
+        logp = [
+            jax.nn.log_softmax(4.0 * jnp.tanh(h @ head_VD(q).T / 4.0) / 0.8, axis=-1)
+            for h, q in zip(hidden, (p, sampler, ref), strict=True)
+        ]
+        return got, logp
+
+    got, (logp, mu, other) = both(p)
+    real = np.asarray(experience.action_index_BA) > 0
+    at = (np.arange(8)[:, None], np.asarray(experience.action_index_BA))
+    want = {
+        "tv": 0.5 * jnp.abs(jnp.exp(logp) - jnp.exp(mu)).sum(-1),
+        "reverse_kl": (jnp.exp(mu) * (mu - logp)).sum(-1),
+        "kl_ref": (jnp.exp(logp) * (logp - other)).sum(-1),
+    }
+    for name, value in want.items():
+        found = np.asarray(getattr(got, name))
+        np.testing.assert_allclose(found[at][real], value[real], rtol=1e-4, atol=2e-6, err_msg=name)
+        assert not found[~np.asarray(experience.action_BT)].any()
+    named = jnp.take_along_axis(logp, ids, axis=-1)
+    np.testing.assert_allclose(got.topk_logp[real], named[real], rtol=1e-5, atol=2e-5)
+    held = jax.grad(lambda p: sum(jnp.sum(x) for x in (both(p)[0].tv, both(p)[0].reverse_kl)))(p)
+    assert not any(np.asarray(x).any() for x in jax.tree.leaves(held))
+    free = jax.grad(lambda p: jnp.sum(both(p)[0].kl_ref))(p)
+    assert all(np.asarray(x).any() for x in jax.tree.leaves(free))
 
 
 def test_value_does_not_see_its_token() -> None:

@@ -17,7 +17,7 @@ from ppojax.models.forward import Params
 from ppojax.rollout import collect
 from ppojax.rollout.collect import Collector
 from ppojax.rollout.sampler import Turn
-from ppojax.types import Ending, Rollout, Row
+from ppojax.types import Ending, Records, Rollout, Row
 from tiny_model import TOKENIZER, Scripted, ScriptedEnv, bits, collector_of, random_policy, scripted_task, speaker
 
 KEY = jax.random.key(0)
@@ -173,6 +173,32 @@ def test_failed_rows_are_out_of_the_loss_and_the_statistics() -> None:
 
 def scale(row: Row, k: int) -> Row:
     return Row(**{**vars(row), "reward": row.reward * np.float32(1 + k)})
+
+
+def test_records_stand_at_their_actions() -> None:
+    """Over turns of several lengths; a row that failed leaves nothing in the arrays, one that never began has none."""
+    tasks = [TASKS[0], scripted_task("2?", ("a", 0.5), ("done", ValueError("no")))]
+    collector = collector_of(group_size=1, records=Records(3, hidden=True))
+    rollout, turns = collected(collector, random_policy(), tasks)
+    rows = rollout.rows
+    for b, row in enumerate(rows):
+        played = [(turn, int(turn.count_B[b])) for turn in turns if turn.count_B[b]]
+        assert len(played) > 1
+        for kept, name in zip(row.recorded, ("top_id", "top_logp", "hidden"), strict=True):
+            want = np.concatenate([getattr(turn.recorded, name)[b, :n] for turn, n in played])
+            np.testing.assert_array_equal(kept, want)
+        assert row.recorded.hidden.shape == (row.action.sum(), 32)
+    packed = pack(rows, batch=3, bucket=8, actions=20, mesh=collector.sampler.mesh)
+    m = int(rows[0].action.sum())
+    for kept_BA, kept in zip(packed.recorded, rows[0].recorded, strict=True):
+        np.testing.assert_array_equal(kept_BA[0, :m], kept)
+        assert (
+            kept_BA.dtype == kept.dtype and not np.asarray(kept_BA[0, m:]).any() and not np.asarray(kept_BA[1:]).any()
+        )
+    dead = Task("dead", {})
+    failed = collector(random_policy(), [dead], KEY).rows
+    assert [x.shape for x in failed[0].recorded] == [(0, 3), (0, 3), (0, 32)]
+    assert pack(failed, batch=1, bucket=8, actions=4, mesh=collector.sampler.mesh).recorded.hidden.shape == (1, 4, 32)
 
 
 def test_every_environment_is_closed(monkeypatch: pytest.MonkeyPatch) -> None:

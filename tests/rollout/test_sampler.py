@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 
 from ppojax.experience.pack import pack
-from ppojax.models.forward import hidden_states, positions, score_tokens
+from ppojax.models.forward import hidden_states, logits, positions, score_tokens
 from ppojax.rollout.sampler import SamplerDef, Slots, Turn, decode, extend, pad_tokens, prefill
-from ppojax.types import Ending, Row
+from ppojax.types import Ending, Records, Row
 from tiny_model import MODEL, TOKENIZER, VOCAB, random_policy, sampler_of, speaker, stops
 
 PROMPTS = [[3, 9, 10], [3, 11, 12, 13, 14, 15, 8], [3, 20]]
@@ -72,6 +72,27 @@ def test_sampled_logps_are_those_of_the_full_forward(temperature: float) -> None
     hidden_BTD, *_ = hidden_states(MODEL, random_policy(), experience.token_BT, positions(experience.token_BT))
     last_BD = hidden_BTD[np.arange(6), np.asarray(slots.length_B) - 1]
     np.testing.assert_allclose(slots.hidden_BD, last_BD, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_what_is_recorded_is_the_distribution_that_was_drawn_from(temperature: float) -> None:
+    """The head of the recorded state gives every log-probability; the likeliest tokens come with theirs."""
+    sampler = sampler_of(temperature=temperature, records=Records(5, hidden=True))
+    plain = sampler_of(temperature=temperature)
+    _, got = turn(start(PROMPTS, sampler), sampler)
+    _, bare = turn(start(PROMPTS, plain), plain)
+    np.testing.assert_array_equal(got.token_BN, bare.token_BN)
+    np.testing.assert_allclose(got.logp_BN, bare.logp_BN, rtol=0, atol=2e-6)  # of another program
+    assert jax.tree.leaves(bare.recorded) == []
+    kept = got.recorded
+    logp_BNV = jax.nn.log_softmax(logits(MODEL, random_policy()["head"], kept.hidden) / temperature, axis=-1)
+    written = np.arange(6) < np.asarray(got.count_B)[:, None]
+    drawn = np.take_along_axis(np.asarray(logp_BNV), np.asarray(got.token_BN)[:, :, None], 2)[..., 0]
+    np.testing.assert_allclose(got.logp_BN[written], drawn[written], rtol=0, atol=2e-6)
+    top = np.take_along_axis(np.asarray(logp_BNV), np.asarray(kept.top_id), 2)
+    np.testing.assert_allclose(kept.top_logp[written], top[written], rtol=0, atol=2e-6)
+    assert np.all(np.sort(np.asarray(logp_BNV), 2)[:, :, -5][written] <= top.min(2)[written] + 2e-6)
+    assert not np.all((np.asarray(kept.top_id) == np.asarray(got.token_BN)[:, :, None]).any(2)[written])
 
 
 def test_greedy_writes_the_argmax_of_the_full_forward() -> None:

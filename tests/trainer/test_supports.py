@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from functools import lru_cache
+from typing import get_args
 
 import jax
 import numpy as np
 import pytest
 
 from ppojax.errors import ConfigError
+from ppojax.kernels import Implementation
+from ppojax.models.spec import StatisticsChoice
 from ppojax.trainer import Trainer
 from ppojax.trainer.trainer import StepOut
 from tiny_config import tiny
@@ -97,3 +100,7 @@ def test_statistics_of_another_platform() -> None:
         "model.statistics=pallas_gpu: token_stats: implementation='pallas_gpu' runs on gpu, and these arrays are on "
         "cpu: leave it out, or give 'tiled'"
     )
+
+
+def test_the_config_knows_every_implementation() -> None:
+    assert get_args(StatisticsChoice) == get_args(Implementation)
