@@ -63,7 +63,7 @@ class Slope(NamedTuple):
         """dz / dx, in terms of z."""
         if self.softcap is None:
             return 1.0 / self.temperature
-        return (1.0 - jnp.square(z * (self.temperature / self.softcap))) / self.temperature
+        return (1.0 - jnp.square(z * (self.temperature / self.softcap))) * (1.0 / self.temperature)
 
 
 class Line(NamedTuple):
@@ -118,7 +118,7 @@ def divergence(p: jax.Array, q: jax.Array, gap: jax.Array) -> jax.Array:
 
     Where p and q nearly agree the three cancel, and their series p (gap^2/2 - gap^3/6 + ...) stands in.
     """
-    series = gap * gap * (0.5 - gap * (1 / 6 - gap * (1 / 24 - gap / 120)))
+    series = gap * gap * (0.5 - gap * (1 / 6 - gap * (1 / 24 - gap * (1 / 120))))
     return jnp.where(jnp.abs(gap) < 0.1, p * series, p * gap - p + q)
 
 
