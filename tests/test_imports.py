@@ -38,6 +38,7 @@ LATE_IMPORTS = {
     ("models/source.py", "huggingface_hub"),
     ("models/gguf.py", "gguf"),
     ("envs/rewards/rules.py", "math_verify"),
+    ("envs/reasoning_gym.py", "reasoning_gym.factory"),
     ("models/__init__.py", "ppojax.models.api"),
     ("train.py", "ppojax.trainer.session"),
     ("evaluate.py", "ppojax.trainer.held_out"),

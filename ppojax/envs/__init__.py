@@ -8,11 +8,13 @@ from ppojax.envs.base import Env, EnvSettings, Reset, Split, Step, Task
 from ppojax.envs.calculator import Calculator
 from ppojax.envs.jsonl import JsonLines
 from ppojax.envs.python_tool import PythonTool
+from ppojax.envs.reasoning_gym import ReasoningGym
 from ppojax.envs.tool_env import ToolEnv
+from ppojax.envs.warehouse import Warehouse
 
 # Another environment is a file, and its name here.
 EnvConfig = Annotated[
-    Calculator | JsonLines | PythonTool | ToolEnv,
+    Calculator | JsonLines | PythonTool | ReasoningGym | ToolEnv | Warehouse,
     Field(discriminator="type", description="environment"),
 ]
 
@@ -23,9 +25,11 @@ __all__ = [
     "EnvSettings",
     "JsonLines",
     "PythonTool",
+    "ReasoningGym",
     "Reset",
     "Split",
     "Step",
     "Task",
     "ToolEnv",
+    "Warehouse",
 ]

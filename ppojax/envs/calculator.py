@@ -2,21 +2,19 @@
 
 from __future__ import annotations
 
-import hashlib
 import random
 import re
 from collections.abc import Sequence
-from typing import Any, ClassVar, Literal, overload
+from functools import partial
+from typing import Any, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
 from ppojax.envs.arithmetic import ArithmeticSyntaxError, Operation, evaluate, parse
-from ppojax.envs.base import Env, EnvSettings, Reset, Split, Step, Task
+from ppojax.envs.base import Env, EnvSettings, Reset, Split, Step, Task, TasksByNumber, split_of
 from ppojax.envs.tool_calls import TOOL_FORMATS, ParsedTurn, ToolCall, ToolFormatName, tool_message
 from ppojax.types import Messages
 
-# One in this many operand pairs is kept for evaluation.
-_EVAL_SHARE = 8
 # A range this small is searched for pairs of both splits; a larger one has them.
 _SMALL_RANGE = 32
 _NUMBER = re.compile(r"-?[0-9]+(?:,[0-9]{3})*(?:\.[0-9]+)?")
@@ -110,7 +108,15 @@ class Calculator(EnvSettings):
     def tasks(self, split: Split, seed: int) -> Sequence[Task]:
         """List tasks; each follows from split, seed and index alone, and no operand pair is in both splits."""
         size = self.train_size if split == "train" else self.eval_size
-        return CalculatorTasks(self, split, seed, range(size))
+        return TasksByNumber(partial(self._task, f"calculator/{split}/{seed}", split), range(size))
+
+    def _task(self, prefix: str, split: Split, number: int) -> Task:
+        name = f"{prefix}/{number}"
+        rng = random.Random(name)
+        while True:
+            a, b = (rng.randint(self.low, self.high) for _ in range(2))
+            if _split(a, b) == split and self.example not in ((a, b), (b, a)):
+                return Task(name, {"a": a, "b": b, "operator": rng.choice(self.operators)})
 
     def expert(self, messages: Messages, task: Task) -> str:
         """Write what a perfect policy would write next."""
@@ -118,31 +124,6 @@ class Calculator(EnvSettings):
         if last["role"] == "tool" and not last["content"].startswith(_ERROR):
             return str(_result(task))
         return self.call(question(task))
-
-
-class CalculatorTasks(Sequence[Task]):
-    """Tasks by index, without a list of them."""
-
-    def __init__(self, config: Calculator, split: Split, seed: int, numbers: range) -> None:
-        self._config, self._seed, self._numbers = config, seed, numbers
-        self._split: Split = split
-
-    def __len__(self) -> int:
-        return len(self._numbers)
-
-    @overload
-    def __getitem__(self, index: int) -> Task: ...
-    @overload
-    def __getitem__(self, index: slice) -> CalculatorTasks: ...
-    def __getitem__(self, index: int | slice) -> Task | CalculatorTasks:
-        if isinstance(index, slice):
-            return CalculatorTasks(self._config, self._split, self._seed, self._numbers[index])
-        name = f"calculator/{self._split}/{self._seed}/{self._numbers[index]}"
-        rng = random.Random(name)
-        while True:
-            a, b = (rng.randint(self._config.low, self._config.high) for _ in range(2))
-            if _split(a, b) == self._split and self._config.example not in ((a, b), (b, a)):
-                return Task(name, {"a": a, "b": b, "operator": rng.choice(self._config.operators)})
 
 
 class CalculatorEnv:
@@ -258,5 +239,4 @@ def _right_calls(task: Task) -> list[Operation]:
 
 def _split(a: int, b: int) -> Split:
     # The order does not matter: 12+45 is not held out when 45+12 is trained on.
-    digest = hashlib.blake2b(f"{min(a, b)},{max(a, b)}".encode(), digest_size=4).digest()
-    return "eval" if int.from_bytes(digest, "little") % _EVAL_SHARE == 0 else "train"
+    return split_of(f"{min(a, b)},{max(a, b)}")
