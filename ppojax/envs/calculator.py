@@ -20,6 +20,11 @@ _SMALL_RANGE = 32
 _NUMBER = re.compile(r"-?[0-9]+(?:,[0-9]{3})*(?:\.[0-9]+)?")
 _ERROR = "error"
 _CALC = "calc"
+_INSTRUCTIONS: dict[ToolFormatName, str] = {
+    "calc": "Use calc tags.",
+    "hermes": "Use the calc function.",
+    "harmony": "Use the calc function.",
+}
 _SCHEMA = {
     "type": "function",
     "function": {
@@ -39,7 +44,7 @@ class Calculator(EnvSettings):
 
     With `tool_format=hermes` the calculator is the function `calc(expression)`, which the chat template announces and
     which is called as `<tool_call>{"name": "calc", "arguments": {"expression": "a+b"}}</tool_call>`; thinking before
-    `</think>` is not graded. The default `system` speaks of calc tags: give another one, or none.
+    `</think>` is not graded. With `tool_format=harmony` it is called as gpt-oss calls functions.
 
     The call earns `reward_call` once, when its expression is exactly the question (either order where the operator
     commutes); the answer earns `reward_answer` when it comes after such a call and holds the result and no other
@@ -62,8 +67,12 @@ class Calculator(EnvSettings):
     max_turns: int = Field(default=2, ge=1, description="turns an episode may take; the last one terminates it")
     train_size: int = Field(default=65_536, ge=1, description="number of training tasks")
     eval_size: int = Field(default=256, ge=1, description="number of evaluation tasks")
-    tool_format: ToolFormatName = Field(default="calc", description="how calls are written: calc tags, or Hermes JSON")
-    system: str = Field("Use calc tags.", description="system message; empty for none")
+    tool_format: ToolFormatName = Field(
+        default="calc", description="how calls are written: calc tags, Hermes JSON, or gpt-oss"
+    )
+    system: str | None = Field(
+        default=None, description="system message; null for one that fits tool_format, empty for none"
+    )
     prompt: str = Field(
         "{question}=?", description="user message; {question} becomes the two numbers and their operator"
     )
@@ -122,7 +131,7 @@ class Calculator(EnvSettings):
         """Write what a perfect policy would write next."""
         last = messages[-1]
         if last["role"] == "tool" and not last["content"].startswith(_ERROR):
-            return str(_result(task))
+            return TOOL_FORMATS[self.tool_format].answer(str(_result(task)))
         return self.call(question(task))
 
 
@@ -142,7 +151,8 @@ class CalculatorEnv:
         """Ask the question, after one example of a call."""
         self._task, self._turns = task, 0
         self._info = {"success": False, "call_ok": False, "answer_ok": False, "malformed": 0, "wrong": 0}
-        system = [{"role": "system", "content": self._config.system}] if self._config.system else []
+        told = _INSTRUCTIONS[self._config.tool_format] if self._config.system is None else self._config.system
+        system = [{"role": "system", "content": told}] if told else []
         tools = [] if self._config.tool_format == "calc" else [_SCHEMA]
         return Reset([*system, *self._example(), self._ask(task)], tools)
 
@@ -168,7 +178,7 @@ class CalculatorEnv:
             return []
         a, b = self._config.example
         shown = Task("example", {"a": a, "b": b, "operator": self._config.operators[0]})
-        call = {"role": "assistant", "content": self._config.call(question(shown))}
+        call = TOOL_FORMATS[self._config.tool_format].message(ToolCall(_CALC, {"expression": question(shown)}))
         if self._config.example_shows == "call":
             return [self._ask(shown), call]
         result = str(_result(shown))

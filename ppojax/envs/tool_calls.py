@@ -72,8 +72,16 @@ class ToolFormat(Protocol):
         """Write a call as the model would."""
         ...
 
+    def answer(self, words: str) -> str:
+        """Write words for the user as the model would."""
+        return words
 
-class Hermes:
+    def message(self, call: ToolCall) -> Json:
+        """The assistant message that makes a call, for the chat template."""
+        return {"role": "assistant", "content": self.write(call)}
+
+
+class Hermes(ToolFormat):
     """`<tool_call>{"name": ..., "arguments": {...}}</tool_call>`, several in a turn (Hermes, Qwen2.5, Qwen3)."""
 
     OPEN: ClassVar[str] = "<tool_call>"
@@ -115,7 +123,67 @@ class Hermes:
         return f'{self.OPEN}\n{{"name": {json.dumps(call.name)}, "arguments": {arguments}}}\n{self.CLOSE}'
 
 
-class Calc:
+class Harmony(ToolFormat):
+    """gpt-oss's messages to channels, which its tokenizer's `decode` leaves in the text (`models.markers.CHANNELS`).
+
+    `<|channel|>analysis<|message|>...<|end|><|start|>assistant<|channel|>commentary to=functions.NAME
+    <|constrain|>json<|message|>{...}<|call|>`. The turn's `<|start|>assistant` is in the prompt, and its last marker
+    may be missing. A recipient may stand before the channel too. Analysis is thinking; what has no recipient is for
+    the user.
+    """
+
+    stop: tuple[str, ...] = ()  # <|call|> and <|return|> are the model's own ends of a turn
+    PREFIX: ClassVar[str] = "functions."
+    _HEAD: ClassVar[re.Pattern] = re.compile(r"<\|channel\|>\s*([a-z]+)")
+    _TO: ClassVar[re.Pattern] = re.compile(r"(?:^|\s)to=([^\s<]+)")
+
+    def parse(self, text: str) -> ParsedTurn:
+        """Read the messages; one to a function that cannot be read becomes an error."""
+        calls: list[ToolCall] = []
+        errors: list[str] = []
+        words: list[str] = []
+        thoughts: list[str] = []
+        if "<|channel|>" not in text and "<|message|>" not in text:
+            return ParsedTurn(text)
+        messages = text.split("<|start|>")
+        if len(messages) > 4 * MAX_CALLS:
+            return ParsedTurn("", (), (f"error: over {MAX_CALLS} calls in a turn",))
+        for message in messages:
+            head, begun, body = message.partition("<|message|>")
+            body = re.split(r"<\|(?:end|call|return)\|>", body)[0]
+            channel, to = self._HEAD.search(head), self._TO.search(head)
+            if to is not None:
+                try:
+                    calls.append(self._read(to[1], body if begun else ""))
+                except ValueError as error:
+                    errors.append(f"error: {error}")
+            elif begun:
+                (thoughts if channel is not None and channel[1] == "analysis" else words).append(body)
+        return ParsedTurn("\n".join(words).strip(), tuple(calls), tuple(errors), "\n".join(thoughts).strip())
+
+    def _read(self, to: str, body: str) -> ToolCall:
+        name = to.removeprefix(self.PREFIX)
+        if name == to or not name:
+            raise ValueError(f"no recipient {to[:64]!r}, expected to=functions.NAME")
+        if len(body) > MAX_CALL_CHARS:
+            raise ValueError(f"a call of over {MAX_CALL_CHARS} characters")
+        return ToolCall(name, _read_object(body, f"the arguments of {name[:64]} as a JSON object"))
+
+    def write(self, call: ToolCall) -> str:
+        """Write a call as gpt-oss does."""
+        arguments = json.dumps(call.arguments, ensure_ascii=False)
+        return f"<|channel|>commentary to={self.PREFIX}{call.name} <|constrain|>json<|message|>{arguments}<|call|>"
+
+    def answer(self, words: str) -> str:
+        """Write words to the final channel."""
+        return f"<|channel|>final<|message|>{words}"
+
+    def message(self, call: ToolCall) -> Json:
+        """A message with `tool_calls`: a content cannot leave its channel."""
+        return ParsedTurn("", (call,)).message()
+
+
+class Calc(ToolFormat):
     """`<calc>expression</calc>`: one call at the end of a turn, which ends it."""
 
     OPEN: ClassVar[str] = "<calc>"
@@ -137,9 +205,9 @@ class Calc:
         return f"{self.OPEN}{call.arguments['expression']}{self.CLOSE}"
 
 
-ToolFormatName = Literal["calc", "hermes"]
+ToolFormatName = Literal["calc", "hermes", "harmony"]
 # By name, so that a setting can ask for one; another format is a class like these, and a line here.
-TOOL_FORMATS: dict[ToolFormatName, ToolFormat] = {"calc": Calc(), "hermes": Hermes()}
+TOOL_FORMATS: dict[ToolFormatName, ToolFormat] = {"calc": Calc(), "hermes": Hermes(), "harmony": Harmony()}
 
 
 def tool_message(content: str, call: int = 0, name: str = "") -> Json:
@@ -148,7 +216,11 @@ def tool_message(content: str, call: int = 0, name: str = "") -> Json:
 
 
 def split_thinking(text: str) -> tuple[str, str]:
-    """Split `<think>...</think>` off the front; the opening tag may be in the prompt. Unfinished thinking is all."""
+    """Split thinking off the words. `<think>...</think>` at the front, whose opening tag may be in the prompt; or what
+    gpt-oss says to its analysis channel. Unfinished thinking is all."""
+    if "<|channel|>" in text and "<|message|>" in text:
+        turn = TOOL_FORMATS["harmony"].parse(text)
+        return turn.reasoning, turn.content
     thinking, closed, rest = text.partition("</think>")
     if closed:
         return thinking.partition("<think>")[2].strip() if "<think>" in thinking else thinking.strip(), rest.lstrip(

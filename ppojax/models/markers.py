@@ -8,6 +8,9 @@ from typing import Any
 
 from tokenizers import AddedToken
 
+# By these special tokens gpt-oss says to whom it speaks (harmony): who reads its text needs them.
+CHANNELS = ("<|start|>", "<|channel|>", "<|constrain|>", "<|message|>", "<|end|>", "<|call|>", "<|return|>")
+
 
 class Markers:
     """Added tokens, as a pattern over text."""

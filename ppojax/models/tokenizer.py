@@ -20,7 +20,7 @@ from tokenizers import AddedToken, Regex, decoders, models, pre_tokenizers
 
 from ppojax.errors import DataError
 from ppojax.models.chat import ChatTemplate
-from ppojax.models.markers import Markers, strings_of
+from ppojax.models.markers import CHANNELS, Markers, strings_of
 from ppojax.models.prefixes import check_prefixes
 from ppojax.types import Messages
 
@@ -68,7 +68,10 @@ class Tokenizer:
         words = {i: t for i, t in added.items() if not t.special and len(t.content.strip()) > 1}
         self._all_markers = Markers(self._special | words)
         self._special_markers = Markers(self._special)
-        self._word_markers = Markers(words)
+        channels = CHANNELS if "<|channel|>" in template.source else ()
+        shown = {i: t for i, t in self._special.items() if t.content in channels}
+        self._hidden = self._special.keys() - shown.keys()
+        self._written_markers = Markers(words | shown)
         self.vocab_size = max(tokenizer.get_vocab(with_added_tokens=True).values()) + 1
         eos_ids = [*eos_ids, *(i for t in template.ends if (i := tokenizer.token_to_id(t)) is not None)]
         self._skip_closing, end_of_turn = self._check_template(eos_ids)
@@ -78,12 +81,14 @@ class Tokenizer:
         self.pad_id: int = self.eos_ids[0] if pad_id is None else pad_id
 
     def encode(self, text: str) -> list[int]:
-        """Encode text as the model would write it: special tokens in it are spelled out, never parsed."""
-        return self._cut(text, self._word_markers, "")
+        """Encode text as the model would write it: what `decode` shows becomes a marker, other special tokens in it are
+        spelled out."""
+        return self._cut(text, self._written_markers, "")
 
     def decode(self, ids: Sequence[int]) -> str:
-        """Decode ids to text; special tokens give nothing, bytes that are not UTF-8 give U+FFFD."""
-        return self._full.decode(ids, skip_special_tokens=True)
+        """Decode ids to text; bytes that are not UTF-8 give U+FFFD, special tokens nothing, but for the marks of
+        channels where the chat template has them."""
+        return self._full.decode([i for i in ids if i not in self._hidden], skip_special_tokens=False)
 
     def token_bytes(self) -> list[bytes]:
         """List the bytes of each id; empty for special tokens and unused ids."""

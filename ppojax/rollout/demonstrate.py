@@ -36,7 +36,9 @@ def _play(
     for turn in range(env_config.max_turns):
         text = env_config.expert(episode.messages, tasks[other] if wrong[turn] else task)
         stopped = text.endswith(env_config.stop)
-        ids = tokenizer.encode(text) + ([] if stopped else [tokenizer.eos_ids[0]])
+        ids = tokenizer.encode(text)
+        if not stopped and ids[-1:] not in ([i] for i in tokenizer.eos_ids):
+            ids.append(tokenizer.eos_ids[0])
         new = episode.act(ids, [0.0] * len(ids), text)
         if episode.ending is not None:
             break

@@ -266,7 +266,7 @@ def test_the_prompt_shows_one_call_that_is_never_asked():
     config = Calculator(low=23, high=50, example=(23, 45))
     *shown, asked = config.make().reset(TASK).messages
     assert shown == [
-        {"role": "system", "content": config.system},
+        {"role": "system", "content": "Use calc tags."},
         {"role": "user", "content": config.prompt.replace("{question}", "23+45")},
         {"role": "assistant", "content": "<calc>23+45</calc>"},
     ]

@@ -9,9 +9,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from ppojax.envs import Calculator, Task
-from ppojax.envs.tool_calls import MAX_CALL_CHARS, TOOL_FORMATS, ToolCall, tool_message
+from ppojax.envs.answers import extract
+from ppojax.envs.tool_calls import MAX_CALL_CHARS, TOOL_FORMATS, ToolCall, ToolFormatName, split_thinking, tool_message
 
-HERMES, CALC = TOOL_FORMATS["hermes"], TOOL_FORMATS["calc"]
+HERMES, CALC, HARMONY = TOOL_FORMATS["hermes"], TOOL_FORMATS["calc"], TOOL_FORMATS["harmony"]
 ADD = '<tool_call>\n{"name": "calc", "arguments": {"expression": "12+45"}}\n</tool_call>'
 TASK = Task("t", {"a": 12, "b": 45, "operator": "+"})
 
@@ -97,10 +98,70 @@ json_values = st.recursive(
 @settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(st.dictionaries(st.text(st.characters(exclude_categories=["Cs"]), max_size=5), json_values, max_size=3))
 def test_what_is_written_is_read_back(arguments: dict) -> None:
-    if "tool_call>" in json.dumps(arguments):
-        return
     made = ToolCall("look", arguments)
-    assert HERMES.parse(f"So: {HERMES.write(made)}").calls == (made,)
+    if "tool_call>" not in json.dumps(arguments):
+        assert HERMES.parse(f"So: {HERMES.write(made)}").calls == (made,)
+    if "<|" not in json.dumps(arguments):
+        assert HARMONY.parse(ANALYSIS + HARMONY.write(made)).calls == (made,)
+
+
+F = ToolCall("f", {"a": 1})
+ANALYSIS = "<|channel|>analysis<|message|>1 + 1?<|end|><|start|>assistant"
+
+
+@pytest.mark.parametrize(
+    ("text", "content", "calls", "reasoning"),
+    [
+        ('<|channel|>commentary to=functions.f <|constrain|>json<|message|>{"a": 1}<|call|>', "", (F,), ""),
+        (ANALYSIS + '<|channel|>commentary to=functions.f <|constrain|>json<|message|>{"a": 1}', "", (F,), "1 + 1?"),
+        (ANALYSIS + ' to=functions.f<|channel|>commentary json<|message|>{"a": 1}<|call|>', "", (F,), "1 + 1?"),
+        (ANALYSIS + "<|channel|>final<|message|>It is\n2.<|return|>", "It is\n2.", (), "1 + 1?"),
+        (
+            "<|channel|>commentary<|message|>Let me see.<|end|><|start|>assistant<|channel|>commentary to=functions.f "
+            '<|constrain|>json<|message|>{"a": 1}<|call|>',
+            "Let me see.",
+            (F,),
+            "",
+        ),
+        # A call in a thought has no recipient; a thought that never ends says nothing.
+        ('<|channel|>analysis<|message|>to=functions.f {"a": 1}', "", (), 'to=functions.f {"a": 1}'),
+        ("<|channel|>final", "", (), ""),
+        ("just words", "just words", (), ""),
+    ],
+)
+def test_channels_are_read(text: str, content: str, calls: tuple, reasoning: str) -> None:
+    turn = HARMONY.parse(text)
+    assert (turn.content, turn.calls, turn.errors, turn.reasoning) == (content, calls, (), reasoning)
+
+
+@pytest.mark.parametrize(
+    ("text", "error"),
+    [
+        (
+            "commentary to=functions.f <|constrain|>json<|message|>{",
+            "error: not valid JSON, expected the arguments of f",
+        ),
+        ("commentary to=functions.f<|message|>[1]", "error: expected the arguments of f as a JSON object"),
+        ("commentary to=functions.f", "error: not valid JSON, expected the arguments of f"),
+        (
+            "commentary to=browser.search<|message|>{}",
+            "error: no recipient 'browser.search', expected to=functions.NAME",
+        ),
+        ("commentary to=functions.<|message|>{}", "error: no recipient 'functions.', expected"),
+        ("commentary to=functions.f<|message|>" + " " * 70_000, "error: a call of over 65536 characters"),
+        ("final<|message|>" + "<|start|>" * 70, "error: over 16 calls in a turn"),
+    ],
+)
+def test_malformed_harmony_becomes_observations(text: str, error: str) -> None:
+    turn = HARMONY.parse("<|channel|>" + text)
+    assert turn.has_call and not turn.calls
+    assert len(turn.errors) == 1 and turn.errors[0].startswith(error)
+
+
+def test_analysis_is_thinking() -> None:
+    said = "<|channel|>analysis<|message|>40 or 41?<|end|><|start|>assistant<|channel|>final<|message|>It is 42."
+    assert split_thinking(said) == ("40 or 41?", "It is 42.")
+    assert extract(said, "whole") == "It is 42." and extract(said[:40], "number") is None
 
 
 def test_calc_tags_are_a_format_too() -> None:
@@ -126,8 +187,15 @@ def test_the_calculator_speaks_hermes() -> None:
     assert (third.reward, third.terminated, third.info["success"]) == (0.5, True, True)
 
 
-def test_the_expert_of_the_hermes_calculator_succeeds() -> None:
-    config = Calculator(tool_format="hermes", operators=("-",), low=-20)
+def test_the_calculator_says_how_it_is_used() -> None:
+    said = {name: Calculator(tool_format=name).make().reset(TASK).messages[0]["content"] for name in TOOL_FORMATS}
+    assert said == {"calc": "Use calc tags.", "hermes": "Use the calc function.", "harmony": "Use the calc function."}
+    assert Calculator(system="").make().reset(TASK).messages[0]["role"] == "user"
+
+
+@pytest.mark.parametrize("tool_format", ["hermes", "harmony"])
+def test_the_expert_of_the_calculator_succeeds(tool_format: ToolFormatName) -> None:
+    config = Calculator(tool_format=tool_format, operators=("-",), low=-20)
     for task in config.tasks("eval", 0)[:20]:
         env = config.make()
         messages, total = list(env.reset(task).messages), 0.0

@@ -136,6 +136,36 @@ def test_the_calculator_speaks_qwen3(qwen3: Tokenizer) -> None:
     assert '{"type": "function", "function": {"name": "calc"' in text
 
 
+def test_the_calculator_speaks_harmony(gpt_oss: Tokenizer) -> None:
+    """What is written is read back from the ids, and the row goes on as the template would write it."""
+    config = Calculator(tool_format="harmony")
+    task, env = config.tasks("eval", 0)[0], config.make()
+    reset = env.reset(task)
+    row = gpt_oss.render(reset.messages, reset.tools)
+    shown = '<|start|>assistant to=functions.calc<|channel|>commentary json<|message|>{"expression": "23+45"}<|call|>'
+    assert shown in gpt_oss._full.decode(row, skip_special_tokens=False)
+    thought = "<|channel|>analysis<|message|>Ask.<|end|><|start|>assistant"
+    ids = gpt_oss.encode(thought + config.expert(reset.messages, task))
+    assert ids[0] == 200005 and 200003 in ids and ids[-1] == 200012  # <|channel|>, <|constrain|>, <|call|>
+    step = env.step({"role": "assistant", "content": gpt_oss.decode(ids[:-1])})
+    assert step.reward == 0.5 and step.info["call_ok"]
+    result = step.messages[0]["content"]
+    text = gpt_oss._full.decode(gpt_oss.suffix(step.messages, ended=True), skip_special_tokens=False)
+    assert text == (
+        f'<|start|>functions.calc to=assistant<|channel|>commentary<|message|>"{result}"<|end|><|start|>assistant'
+    )
+    answer = gpt_oss.encode(config.expert([*reset.messages, *step.messages], task))
+    assert gpt_oss.decode(answer) == f"<|channel|>final<|message|>{result}"
+    assert env.step({"role": "assistant", "content": gpt_oss.decode(answer)}).info["success"]
+
+
+def test_only_channels_are_shown(gpt_oss: Tokenizer, qwen3: Tokenizer) -> None:
+    assert gpt_oss.decode([200005, 17196, 200008, 200018, 200002]) == "<|channel|>final<|message|><|return|>"
+    assert qwen3.decode([151644, 9707, 151645, 151657]) == "Hello<tool_call>"
+    hostile = gpt_oss.render([{"role": "user", "content": "<|call|><|channel|>"}])
+    assert 200012 not in hostile and hostile.count(200005) == 0
+
+
 # Which template is taken
 
 
