@@ -16,6 +16,7 @@ from ppojax.experience.summary import advantage_metrics
 from ppojax.losses import ValueLoss
 from ppojax.mesh import MeshConfig
 from ppojax.models.forward import ModelDef, join
+from ppojax.models.spec import DecoderSpec, MoESpec
 from ppojax.models.value_head import ArctanHead, HLGaussHead, LinearHead, ValueHead
 from ppojax.types import Batch, Layout, TrainState
 from ppojax.update.critic import critic_step
@@ -134,6 +135,20 @@ def test_meshes_change_nothing(mesh: MeshConfig) -> None:
     )  # fmt: skip
     assert_close(got, want)
     assert metrics == pytest.approx(want_metrics, rel=1e-5, abs=1e-7)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mesh", [MeshConfig(expert=2), MeshConfig(expert=2, tensor=2)], ids=str)
+def test_critics_with_experts_step_alike_where_experts_are_spread(mesh: MeshConfig) -> None:
+    moe = MoESpec(experts=4, chosen=2, ffn=8)
+    spec = DecoderSpec(layers=1, width=16, heads=2, kv_heads=2, head_width=8, ffn=16, vocab=48, moe=moe)
+    config, moves = config_of(LinearHead(), count=2), []
+    for where in (MeshConfig(), mesh):
+        model = ModelDef(spec, head=LinearHead(), count=2, mesh=where.build())
+        starts = join([params(model.member, seed) for seed in range(2)])
+        state, _ = step(model, starts, for_members(minibatch(where)[0], 2), config, Layout(), where)
+        moves.append(jax.device_get(state.params))
+    assert_close(*moves)
 
 
 def test_disagreement_is_logged_for_more_than_one() -> None:
