@@ -27,6 +27,9 @@ class ExportConfig(Settings):
     dtype: Literal["float32", "bfloat16", "float16"] = Field(
         default="bfloat16", description="of the weights in the files; checkpoints are float32"
     )
+    adapter: bool = Field(
+        default=False, description="write the adapters of a run with model.lora by themselves, as PEFT loads them"
+    )
     shard_gigabytes: float = Field(default=5.0, gt=0, description="most gigabytes of weights in one file")
 
 
@@ -38,6 +41,8 @@ def main(settings: ExportConfig, flags: Flags) -> int:
     if out.is_file() or (out.is_dir() and any(out.iterdir())):
         raise ConfigError(f"out={settings.out}: is there and not empty; give a new folder")
     config = Config.load(f"config={run.config}")
+    if settings.adapter:
+        config.model.adapters()
     console = Console()
     if flags.dry_run:
         console.print(f"ok: a checkpoint of {run.path} would be written to {out}", soft_wrap=True)
@@ -52,8 +57,10 @@ def main(settings: ExportConfig, flags: Flags) -> int:
         checkpoint=None if settings.step == "latest" else settings.step,
         dtype=settings.dtype,
         shard_bytes=int(settings.shard_gigabytes * 1e9),
+        adapter=settings.adapter,
     )
-    console.print(f"the policy of step {step} is in {out}", soft_wrap=True)
+    what = "adapters of step {} are" if settings.adapter else "policy of step {} is"
+    console.print(f"the {what.format(step)} in {out}", soft_wrap=True)
     return ExitCode.DONE
 
 

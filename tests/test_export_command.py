@@ -2,22 +2,25 @@
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
 
 import jax
 import numpy as np
 import pytest
+from safetensors import safe_open
 
 from ppojax import export
 from ppojax.cli import run_command
+from ppojax.config import Config
 from ppojax.export import ExportConfig
 from ppojax.models import load
 from ppojax.runtime.checkpoint import Checkpoints
 from ppojax.runtime.rundir import RunDir
 from ppojax.trainer import Trainer
 from ppojax.trainer.exporting import export_trainer
-from tiny_config import tiny
+from tiny_config import TINY, tiny
 
 
 @pytest.fixture(scope="module")
@@ -27,7 +30,12 @@ def trainer() -> Trainer:
 
 @pytest.fixture
 def run(trainer: Trainer, tmp_path: Path) -> RunDir:
-    run = RunDir(tmp_path / "run")
+    return save(trainer, tmp_path / "run")
+
+
+def save(trainer: Trainer, folder: Path) -> RunDir:
+    """A run that has stopped after one step."""
+    run = RunDir(folder)
     run.create()
     run.write_config(trainer.config.to_yaml())
     with Checkpoints(run.checkpoints, trainer.config.checkpoint) as checkpoints:
@@ -70,11 +78,26 @@ def test_faults_of_the_arguments(run: RunDir, tmp_path: Path, capsys: pytest.Cap
     assert "python -m ppojax.export" in capsys.readouterr().out
 
 
-def test_adapters_are_merged(tmp_path: Path) -> None:
-    trainer = Trainer(tiny("model.lora={rank: 2}"))
-    layers = trainer.states.actor.params["layers"]
+def test_a_run_with_adapters(trainer: Trainer, run: RunDir, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Its checkpoint becomes a merged model, or the adapters beside the base that they were trained on."""
+    export_trainer(trainer, tmp_path / "base", dtype="float32")
+    rest = [argument for argument in TINY if not argument.startswith("model.")]
+    adapted = Trainer(Config.load(*rest, f"model.path={tmp_path}/base", "model.lora={rank: 2}"))
+    layers = adapted.states.actor.params["layers"]
     layers["lora"] = jax.tree.map(lambda p: p + 0.1, layers["lora"])
-    export_trainer(trainer, tmp_path / "out", dtype="float32")
-    stored = load(tmp_path / "out").params
-    jax.tree.map(np.testing.assert_array_equal, stored, trainer.merged_policy())
-    assert not np.array_equal(stored["layers"]["q"], trainer.parts.actor_base["layers"]["q"])
+    written = save(adapted, tmp_path / "adapted")
+    assert command(f"run={written.path}", f"out={tmp_path}/merged", "dtype=float32") == 0
+    stored = load(tmp_path / "merged").params
+    jax.tree.map(np.testing.assert_array_equal, stored, adapted.merged_policy())
+    assert not np.array_equal(stored["layers"]["q"], adapted.parts.actor_base["layers"]["q"])
+
+    assert command(f"run={written.path}", f"out={tmp_path}/adapter", "dtype=float32", "adapter=true") == 0
+    assert "the adapters of step 1 are in" in " ".join(capsys.readouterr().out.split())
+    config = json.loads((tmp_path / "adapter/adapter_config.json").read_text())
+    assert (config["base_model_name_or_path"], config["r"]) == (f"{tmp_path}/base", 2)
+    with safe_open(tmp_path / "adapter/adapter_model.safetensors", framework="np") as file:
+        found = file.get_tensor("base_model.model.model.layers.0.self_attn.q_proj.lora_B.weight")
+    np.testing.assert_array_equal(found, layers["lora"]["q"]["b"][0].T)
+
+    assert command(f"run={run.path}", f"out={tmp_path}/none", "adapter=true", "--dry-run") == 2
+    assert "adapter=true: model.lora is null, expected a run with adapters" in capsys.readouterr().err

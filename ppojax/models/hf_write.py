@@ -6,7 +6,6 @@ import json
 import logging
 import os
 import shutil
-import tempfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -14,11 +13,11 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from ppojax.errors import CannotWriteError, ConfigError
 from ppojax.models.families import write_config
 from ppojax.models.families.family import Family
 from ppojax.models.families.layout import Place, Shape, get, places
-from ppojax.models.hf import DTYPES, INDEX, WEIGHTS, read_json
+from ppojax.models.hf import INDEX, WEIGHTS, read_json
+from ppojax.models.safe_write import header, whole, write_text
 from ppojax.models.spec import DecoderSpec
 from ppojax.models.tokenizer import Tokenizer
 from ppojax.models.tokenizer_files import own_template
@@ -27,7 +26,6 @@ from ppojax.models.weights import Params
 log = logging.getLogger(__name__)
 
 SHARD_BYTES = 5_000_000_000
-_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 # What a config says besides the computation, carried over from the model that was trained.
 _KEPT = ("max_position_embeddings", "initializer_range", "bos_token_id", "eos_token_id", "pad_token_id", "use_cache")
 _KEPT += ("router_aux_loss_coef", "output_router_logits")
@@ -73,30 +71,13 @@ def write_hf(
         CannotWriteError: the disk refuses.
         DataError: the family cannot express the spec.
     """
-    folder = Path(folder).expanduser()
-    check_free(folder)
     config = _config(family, spec, origin)
     groups = list(_groups(family, spec, np.dtype(params["embed"].dtype if dtype is None else dtype)))
     name = str(groups[0].dtype)
-    try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        staging = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
-        try:
-            _write(staging / "config.json", json.dumps(config | {"dtype": name, "torch_dtype": name}, indent=2) + "\n")
-            _write_tokenizer(staging, origin)
-            _write_weights(staging, spec, groups, params, shard_bytes)
-            staging.chmod(0o755)
-            os.rename(staging, folder)
-        finally:
-            shutil.rmtree(staging, ignore_errors=True)
-    except OSError as error:
-        raise CannotWriteError(f"{folder}: cannot be written: {error.strerror}; give another folder") from error
-
-
-def check_free(folder: Path) -> None:
-    """Raise ConfigError where something is in the way."""
-    if folder.is_file() or (folder.is_dir() and any(folder.iterdir())):
-        raise ConfigError(f"{folder}: is there and not empty; give a new folder")
+    with whole(Path(folder).expanduser()) as staging:
+        write_text(staging / "config.json", json.dumps(config | {"dtype": name, "torch_dtype": name}, indent=2) + "\n")
+        write_tokenizer(staging, origin)
+        _write_weights(staging, spec, groups, params, shard_bytes)
 
 
 def _config(family: Family, spec: DecoderSpec, origin: Origin) -> dict[str, Any]:
@@ -108,7 +89,8 @@ def _config(family: Family, spec: DecoderSpec, origin: Origin) -> dict[str, Any]
     return config | {name: origin.config[name] for name in _KEPT if name in origin.config}
 
 
-def _write_tokenizer(folder: Path, origin: Origin) -> None:
+def write_tokenizer(folder: Path, origin: Origin) -> None:
+    """Write the files of the tokenizer, where there is one, with the chat template of training."""
     if origin.folder is not None:
         for name in _TOKENIZER_FILES:
             if (origin.folder / name).is_file():
@@ -124,12 +106,12 @@ def _write_template(folder: Path, original: Path, source: str) -> None:
     settings, own = read_json(original / "tokenizer_config.json"), own_template(original)
     if own == source and not isinstance(settings.get("chat_template"), list):
         return
-    _write(folder / "chat_template.jinja", source)
+    write_text(folder / "chat_template.jinja", source)
     if "chat_template" in settings:  # readers that know no .jinja file look here
-        _write(folder / "tokenizer_config.json", json.dumps(settings | {"chat_template": source}, indent=2) + "\n")
+        write_text(folder / "tokenizer_config.json", json.dumps(settings | {"chat_template": source}, indent=2) + "\n")
     if own not in (None, source):
         (folder / "additional_chat_templates").mkdir()
-        _write(folder / "additional_chat_templates/original.jinja", own)
+        write_text(folder / "additional_chat_templates/original.jinja", own)
         log.warning(
             "export: the chat template is that of training; the model's own is additional_chat_templates/original.jinja"
         )
@@ -167,7 +149,7 @@ def _write_weights(folder: Path, spec: DecoderSpec, groups: list[_Group], params
     total = 0
     for file, shard in zip(files, shards, strict=True):
         with (folder / file).open("wb") as out:
-            out.write(_header(shard))
+            out.write(header((name, group.shape, group.dtype) for name, group in shard))
             for _ in shard:
                 tensor = next(tensors)
                 out.write(tensor.data)
@@ -176,7 +158,9 @@ def _write_weights(folder: Path, spec: DecoderSpec, groups: list[_Group], params
             os.fsync(out.fileno())
     if len(files) > 1:
         placed = {name: file for file, shard in zip(files, shards, strict=True) for name, _ in shard}
-        _write(folder / INDEX, json.dumps({"metadata": {"total_size": total}, "weight_map": placed}, indent=2) + "\n")
+        write_text(
+            folder / INDEX, json.dumps({"metadata": {"total_size": total}, "weight_map": placed}, indent=2) + "\n"
+        )
 
 
 def _tensors(spec: DecoderSpec, groups: list[_Group], params: Params) -> Iterator[np.ndarray]:
@@ -194,23 +178,3 @@ def _tensors(spec: DecoderSpec, groups: list[_Group], params: Params) -> Iterato
                     part = value if place.start is None else value[n, e] if rule.by_expert else value[n]
                     rule.view(tensor)[..., order] = part.astype(group.dtype)
                 yield tensor.reshape(-1).view(np.uint8)
-
-
-def _header(shard: list[tuple[str, _Group]]) -> bytes:
-    """The header of a safetensors file: its length, then JSON, padded to 8 bytes."""
-    table: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-    at = 0
-    for name, group in shard:
-        end = at + int(np.prod(group.shape)) * group.dtype.itemsize
-        table[name] = {"dtype": _NAMES[group.dtype], "shape": list(group.shape), "data_offsets": [at, end]}
-        at = end
-    text = json.dumps(table, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
-    return len(text).to_bytes(8, "little") + text
-
-
-def _write(path: Path, text: str) -> None:
-    with path.open("w", encoding="utf-8", newline="\n") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())

@@ -7,6 +7,7 @@ from typing import Annotated, Literal
 from pydantic import Field
 
 from ppojax.component import Component
+from ppojax.errors import ConfigError
 from ppojax.models.lora import LoRAConfig
 from ppojax.models.spec import AttentionChoice, DecoderSpec, MoESpec, Remat, RopeSpec, StatisticsChoice
 
@@ -76,6 +77,17 @@ class ModelConfig(Component):
     lora: LoRAConfig | None = Field(
         default=None, description="train adapters of low rank and freeze the rest; null: train everything"
     )
+
+    def adapters(self) -> tuple[LoRAConfig, str]:
+        """The adapters, and the path of the base that they belong to. Raises ConfigError where there are none."""
+        if self.lora is None:
+            raise ConfigError("adapter=true: model.lora is null, expected a run with adapters; export without adapter")
+        if self.path is None:
+            raise ConfigError(
+                "adapter=true: the base is model.fresh, which is in no file, expected model.path; export without "
+                "adapter, which merges"
+            )
+        return self.lora, self.path
 
 
 class CutCritic(Component):
