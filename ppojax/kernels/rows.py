@@ -40,11 +40,15 @@ class Split:
     def local(self, id_N: jax.Array, width: int) -> jax.Array:
         """Places of ids in this part of `width` words; -1 where they lie in another part or are no words."""
         start = jnp.int32(0) if self.axis is None else jax.lax.axis_index(self.axis) * width
-        place = id_N.astype(jnp.int32) - start
-        return jnp.where((id_N >= 0) & (place >= 0) & (place < width), place, -1)
+        return jnp.where(id_N >= 0, within(id_N.astype(jnp.int32) - start, width), -1)
 
 
 WHOLE = Split()
+
+
+def within(place_N: jax.Array, width: int) -> jax.Array:
+    """Places from 0 below `width`; others become -1."""
+    return jnp.where((place_N >= 0) & (place_N < width), place_N, -1)
 
 
 class Residuals(NamedTuple):
@@ -112,7 +116,7 @@ def statistics(
     return stats, Residuals(normal, other, entropy_n, gaps.kl, gaps.side)
 
 
-def _line(id_nK: jax.Array | None, residuals: Residuals, cotangent: Any, ask: Ask) -> Line:
+def line(id_nK: jax.Array | None, residuals: Residuals, cotangent: Any, ask: Ask) -> Line:
     """Gather what of a row's gradient does not depend on the word."""
     constant_n = -cotangent.logp
     if id_nK is not None:
@@ -133,24 +137,23 @@ def _line(id_nK: jax.Array | None, residuals: Residuals, cotangent: Any, ask: As
 def gradient(
     z_nV: jax.Array,
     y_nV: jax.Array | None,
-    target_n: jax.Array,
-    id_nK: jax.Array | None,
     residuals: Residuals,
-    cotangent: Any,
-    ask: Ask,
+    line: Line,
+    place_n: jax.Array,
+    topk: tuple[jax.Array, jax.Array] | None,
     sweeps: Sweeps,
     slope: Slope,
     dtype: jnp.dtype,
-    split: Split = WHOLE,
 ) -> jax.Array:
-    """d loss / d x of the head's product x, `[n, V]` in `dtype`: the expression at the top of this file times dz/dx."""
-    width = z_nV.shape[-1]
-    line = _line(id_nK, residuals, cotangent, ask)
-    place_n = split.local(target_n, width)
+    """d loss / d x of the head's product x, in `dtype`: the expression at the top of this file times dz/dx.
+
+    The words may be some of the row's only: a row's numbers hold for all of them. `place` is the target's column among
+    these words, or -1; `topk` holds such columns of the top-K, and their cotangents.
+    """
     d_x_nV = sweeps.gradient(z_nV, y_nV, residuals.normal, residuals.other, line, place_n, slope=slope, dtype=dtype)
-    if id_nK is None:
+    if topk is None:
         return d_x_nV
-    place_nK = split.local(id_nK, width)
-    d_nK = jnp.where(place_nK >= 0, cotangent.topk_logp, 0.0) * slope(_pick(z_nV, place_nK))
+    place_nK, cotangent_nK = topk
+    d_nK = jnp.where(place_nK >= 0, cotangent_nK, 0.0) * slope(_pick(z_nV, place_nK))
     row_n1 = jnp.arange(z_nV.shape[0])[:, None]
     return d_x_nV.at[row_n1, jnp.maximum(place_nK, 0)].add(d_nK.astype(dtype))
