@@ -7,14 +7,18 @@ from functools import partial
 import jax
 
 from ppojax.advantages import AdvantageEstimator
-from ppojax.types import Batch, Experience, Recorded
+from ppojax.types import Advantage, Batch, Experience, Recorded
+
+
+def make_batch(experience: Experience, *, estimator: AdvantageEstimator) -> Batch:
+    """Estimate advantages, and returns where critics are trained."""
+    out = _estimate(without_records(experience), estimator=estimator)
+    return Batch(experience, out.advantage_BT, out.return_MBT)
 
 
 @partial(jax.jit, static_argnames=("estimator",))
-def make_batch(experience: Experience, *, estimator: AdvantageEstimator) -> Batch:
-    """Estimate advantages, and returns where critics are trained."""
-    out = estimator(experience)
-    return Batch(experience, out.advantage_BT, out.return_MBT)
+def _estimate(experience: Experience, *, estimator: AdvantageEstimator) -> Advantage:
+    return estimator(experience)
 
 
 def without_records(experience: Experience) -> Experience:

@@ -22,7 +22,6 @@ class Scorers(NamedTuple):
     critic: Params | None = None
 
 
-@partial(jax.jit, static_argnames=("actor", "critic", "layout", "temperature", "microbatch_rows", "hidden_ref"))
 def score(
     scorers: Scorers,
     experience: Experience,
@@ -41,7 +40,31 @@ def score(
     difference is then one of weights, and zero at the start. With `hidden_ref` the reference policy's hidden states at
     the actions are kept, `hidden_ref_BAD`, instead of its log-probabilities.
     """
+    filled = _score(
+        scorers,
+        without_records(experience),  # a compiled function would copy what it only hands through
+        actor=actor,
+        critic=critic,
+        layout=layout,
+        temperature=temperature,
+        microbatch_rows=microbatch_rows,
+        hidden_ref=hidden_ref,
+    )
+    return filled._replace(recorded=experience.recorded)
 
+
+@partial(jax.jit, static_argnames=("actor", "critic", "layout", "temperature", "microbatch_rows", "hidden_ref"))
+def _score(
+    scorers: Scorers,
+    experience: Experience,
+    *,
+    actor: ModelDef,
+    critic: ModelDef | None,
+    layout: Layout,
+    temperature: float,
+    microbatch_rows: int,
+    hidden_ref: bool,
+) -> Experience:
     def logp(params: Params | None, rows: Experience) -> jax.Array | None:
         return None if params is None else score_tokens(actor, params, rows, layout, temperature=temperature).logp
 
@@ -56,7 +79,7 @@ def score(
             return logp(scorers.old, rows), None, value_BMT, hidden_BAD
         return logp(scorers.old, rows), logp(scorers.reference, rows), value_BMT, None
 
-    parts = jax.lax.map(one, split_rows(without_records(experience), microbatch_rows, layout.group))
+    parts = jax.lax.map(one, split_rows(experience, microbatch_rows, layout.group))
     old_BT, ref_BT, value_BMT, hidden_BAD = jax.tree.map(lambda x: join_rows(x, layout.group), parts)
     value_MBT = None if value_BMT is None else jnp.swapaxes(value_BMT, 0, 1)
     return experience._replace(logp_old_BT=old_BT, logp_ref_BT=ref_BT, value_MBT=value_MBT, hidden_ref_BAD=hidden_BAD)

@@ -145,10 +145,15 @@ def make_collector(config: Config, model: ModelDef, tokenizer: Tokenizer, mesh: 
     return Collector(config.env, tokenizer, sampler, stop_SV, rollout.group_size, rollout.prompt_bucket)
 
 
+def unrecorded(collector: Collector) -> Collector:
+    """The same episodes, of which nothing is kept that only training reads."""
+    return replace(collector, sampler=replace(collector.sampler, record_experts=False, records=NO_RECORDS))
+
+
 def greedy(collector: Collector) -> Collector:
     """The same episodes, one of each task, always with the most likely token."""
-    sampler = replace(collector.sampler, greedy=True, record_experts=False, records=NO_RECORDS)
-    return replace(collector, sampler=sampler, group_size=1)
+    plain = unrecorded(collector)
+    return replace(plain, sampler=replace(plain.sampler, greedy=True), group_size=1)
 
 
 def _check_mesh(config: Config, model: ModelDef) -> None:

@@ -12,7 +12,7 @@ import numpy as np
 from ppojax.envs import Task
 from ppojax.models.forward import Params
 from ppojax.rollout.collect import Collector
-from ppojax.trainer.build import greedy
+from ppojax.trainer.build import greedy, unrecorded
 from ppojax.types import Row
 
 
@@ -69,7 +69,7 @@ def evaluate_samples(
     collector: Collector, params: Params, tasks: Sequence[Task], rows: int, key: jax.Array, samples: int
 ) -> dict[str, float]:
     """pass@k for k = 1, 2, 4, ... up to `samples` draws a task, at the sampling temperature."""
-    many = replace(collector, group_size=samples)
+    many = replace(unrecorded(collector), group_size=samples)
     played = list(_play(many, params, tasks, max(rows // samples, 1), key))
     success = np.array([bool(row.info.get("success", False)) for row in played]).reshape(-1, samples)
     correct = [int(c) for c in success.sum(1)]

@@ -127,7 +127,8 @@ class Trainer:
         self.number += 1
         metrics |= self._performance(rollout, time.perf_counter() - start) | compile_metrics()
         metrics |= self._utilisation(experience, layout)
-        return StepOut(self.number, metrics, rollout, batch)
+        # A caller may keep this over the next step: without the arrays that are large on the devices.
+        return StepOut(self.number, metrics, rollout, batch._replace(experience=without_records(batch.experience)))
 
     def policy(self) -> Params:
         """The actor's parameters, all of them."""
