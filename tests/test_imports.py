@@ -39,6 +39,7 @@ LATE_IMPORTS = {
     ("models/gguf.py", "gguf"),
     ("envs/rewards/rules.py", "math_verify"),
     ("envs/reasoning_gym.py", "reasoning_gym.factory"),
+    ("envs/aviary.py", "aviary.core"),
     ("models/__init__.py", "ppojax.models.api"),
     ("train.py", "ppojax.trainer.session"),
     ("evaluate.py", "ppojax.trainer.held_out"),

@@ -4,6 +4,7 @@ from typing import Annotated
 
 from pydantic import Field
 
+from ppojax.envs.aviary import Aviary
 from ppojax.envs.base import Env, EnvSettings, Reset, Split, Step, Task
 from ppojax.envs.calculator import Calculator
 from ppojax.envs.jsonl import JsonLines
@@ -14,11 +15,12 @@ from ppojax.envs.warehouse import Warehouse
 
 # Another environment is a file, and its name here.
 EnvConfig = Annotated[
-    Calculator | JsonLines | PythonTool | ReasoningGym | ToolEnv | Warehouse,
+    Aviary | Calculator | JsonLines | PythonTool | ReasoningGym | ToolEnv | Warehouse,
     Field(discriminator="type", description="environment"),
 ]
 
 __all__ = [
+    "Aviary",
     "Calculator",
     "Env",
     "EnvConfig",

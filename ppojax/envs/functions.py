@@ -7,6 +7,7 @@ import json
 import re
 import typing
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -31,11 +32,16 @@ class Function:
     call: Callable[..., Any]
     arguments: type[BaseModel]
 
-    def bind(self, arguments: dict[str, Any]) -> dict[str, Any]:
-        """Check arguments and fill in defaults. Raises ArgumentsError, saying what is wrong with each."""
+    def bind(self, arguments: dict[str, Any], *, typed: bool = True) -> dict[str, Any]:
+        """Check arguments and fill in defaults. Raises ArgumentsError, saying what is wrong with each.
+
+        Arguments that are not `typed` are texts: one that is no text by the schema is read as JSON.
+        """
         try:
             model = self.arguments.model_validate_json(json.dumps(arguments))
         except ValidationError as error:
+            if not typed and (read := _read_texts(arguments, error)) != arguments:
+                return self.bind(read)
             known = ", ".join(f.alias or "" for f in self.arguments.model_fields.values()) or "no arguments"
             faults = (_fault(e, f"{self.name} takes {known}") for e in error.errors(include_url=False))
             raise ArgumentsError("; ".join(dict.fromkeys(faults))) from error
@@ -87,6 +93,16 @@ def _field(p: inspect.Parameter, hints: dict[str, Any], said: dict[str, str], wh
         raise ConfigError(f"{where}({p.name}): expected a type, such as {p.name}: str")
     default = ... if p.default is p.empty else p.default
     return hints[p.name], Field(default, alias=p.name, description=said.get(p.name))
+
+
+def _read_texts(arguments: dict[str, Any], error: ValidationError) -> dict[str, Any]:
+    """Read the arguments that are not what the schema says as JSON, where they are."""
+    wrong = {str(e["loc"][0]) for e in error.errors(include_url=False)}
+    read = dict(arguments)
+    for name in wrong & arguments.keys():
+        with suppress(ValueError, RecursionError):
+            read[name] = json.loads(arguments[name])
+    return read
 
 
 def _fault(error: Any, takes: str) -> str:

@@ -89,6 +89,10 @@ class Hermes(ToolFormat):
     # Calls may follow one another, so that a turn ends by its own token.
     stop: tuple[str, ...] = ()
 
+    def read(self, text: str) -> ToolCall:
+        """Read what stands between two tags. Raises ValueError saying what was expected."""
+        return read_call(text)
+
     def parse(self, text: str) -> ParsedTurn:
         """Read the calls between their tags; a call that cannot be read becomes an error, the others still count."""
         reasoning, text = split_thinking(text)
@@ -103,7 +107,7 @@ class Hermes(ToolFormat):
             piece = pieces[at]
             if piece == self.OPEN and pieces[at + 2 : at + 3] == [self.CLOSE]:
                 try:
-                    calls.append(_read_call(pieces[at + 1]))
+                    calls.append(self.read(pieces[at + 1]))
                 except ValueError as error:
                     errors.append(f"error: {error}")
                 at += 3
@@ -231,18 +235,18 @@ def split_thinking(text: str) -> tuple[str, str]:
     return "", text
 
 
-def _read_call(text: str) -> ToolCall:
-    """Read one call. Raises ValueError saying what was expected."""
+def read_call(text: str, key: str = "arguments") -> ToolCall:
+    """Read a JSON object with `name` and the arguments under `key`. Raises ValueError saying what was expected."""
     if len(text) > MAX_CALL_CHARS:
         raise ValueError(f"a call of over {MAX_CALL_CHARS} characters")
-    call = _read_object(text, 'a call as {"name": ..., "arguments": {...}}')
-    name, arguments = call.get("name"), call.get("arguments", {})
+    call = _read_object(text, f'a call as {{"name": ..., "{key}": {{...}}}}')
+    name, arguments = call.get("name"), call.get(key, {})
     if not isinstance(name, str) or not name:
         raise ValueError('expected "name", the name of a function')
     if isinstance(arguments, str):
-        arguments = _read_object(arguments, '"arguments" as a JSON object')
+        arguments = _read_object(arguments, f'"{key}" as a JSON object')
     if not isinstance(arguments, dict):
-        raise ValueError('expected "arguments" as a JSON object')
+        raise ValueError(f'expected "{key}" as a JSON object')
     return ToolCall(name, arguments)
 
 

@@ -12,7 +12,8 @@ from ppojax.envs.base import Env, Reset, Step, Task
 from ppojax.envs.functions import ArgumentsError, Function
 from ppojax.envs.output import shorten
 from ppojax.envs.records import RecordSettings
-from ppojax.envs.tool_calls import TOOL_FORMATS, ToolCall, ToolFormatName, tool_message
+from ppojax.envs.tool_calls import ToolCall, tool_message
+from ppojax.envs.tool_families import FAMILY_FORMATS, UNTYPED, FamilyFormatName
 from ppojax.envs.user_code import call_limited
 from ppojax.types import Messages
 
@@ -28,7 +29,7 @@ class ToolSettings(RecordSettings):
 
     own_process: ClassVar[bool] = False  # calls end by themselves, and raise only where the environment has failed
 
-    tool_format: ToolFormatName = Field(default="hermes", description="how calls are written")
+    tool_format: FamilyFormatName = Field(default="hermes", description="how calls are written")
     max_turns: int = Field(default=8, ge=1, description="assistant turns an episode may take, the answer included")
     call_timeout_s: float = Field(default=10.0, gt=0, description="seconds that one call may take")
     max_output_chars: int = Field(
@@ -37,7 +38,7 @@ class ToolSettings(RecordSettings):
 
     @field_validator("tool_format")
     @classmethod
-    def _names_functions(cls, tool_format: ToolFormatName) -> ToolFormatName:
+    def _names_functions(cls, tool_format: FamilyFormatName) -> FamilyFormatName:
         if tool_format == "calc":
             raise ValueError("calc tags name no function, expected another format, such as hermes")
         return tool_format
@@ -45,7 +46,7 @@ class ToolSettings(RecordSettings):
     @property
     def stop(self) -> tuple[str, ...]:
         """Texts that end a turn."""
-        return TOOL_FORMATS[self.tool_format].stop
+        return FAMILY_FORMATS[self.tool_format].stop
 
     def functions_by_name(self) -> Mapping[str, Function]:
         """Load the functions. Raises ConfigError."""
@@ -80,7 +81,7 @@ class ToolLoop:
         assert self._task is not None, "reset comes before step"
         self._messages.append(message)
         self._info["turns"] += 1
-        turn = TOOL_FORMATS[self._config.tool_format].parse(message.get("content") or "")
+        turn = FAMILY_FORMATS[self._config.tool_format].parse(message.get("content") or "")
         if not turn.has_call:
             reward, info = self._config.grade(self._task, self._messages, turn.content)
             return Step([], reward, terminated=True, info={**self._info, **info})
@@ -104,7 +105,7 @@ class ToolLoop:
             self._info["malformed"] += 1
             return f"error: no function {call.name[:64]!r}, expected one of {', '.join(self._functions)}"
         try:
-            arguments = function.bind(call.arguments)
+            arguments = function.bind(call.arguments, typed=self._config.tool_format not in UNTYPED)
         except ArgumentsError as error:
             self._info["malformed"] += 1
             return f"error: {error}"

@@ -24,7 +24,8 @@ from typing import Any, ClassVar, Literal
 from pydantic import Field, model_validator
 
 from ppojax.envs.base import Env, EnvSettings, Reset, Split, Step, Task, TasksByNumber, split_of
-from ppojax.envs.tool_calls import TOOL_FORMATS, ToolCall, ToolFormatName, tool_message
+from ppojax.envs.tool_calls import ToolCall, tool_message
+from ppojax.envs.tool_families import FAMILY_FORMATS, FamilyFormatName
 from ppojax.types import Messages
 
 MOVES = ("take", "go")
@@ -57,7 +58,7 @@ class Warehouse(EnvSettings):
     kinds: int = Field(default=8, ge=4, le=26, description="different items")
     ordered: int = Field(default=3, ge=1, description="items on the order")
     reward: float = Field(default=1.0, description="reward of a right episode")
-    tool_format: Literal["words"] | ToolFormatName = Field(default="words", description="how moves are written")
+    tool_format: Literal["words"] | FamilyFormatName = Field(default="words", description="how moves are written")
     system: str = Field(default=_RULES, description="system message; empty for none")
     train_size: int = Field(default=65_536, ge=1, description="number of training tasks")
     eval_size: int = Field(default=256, ge=1, description="number of evaluation tasks")
@@ -85,7 +86,7 @@ class Warehouse(EnvSettings):
     @property
     def stop(self) -> tuple[str, ...]:
         """Texts that end a turn."""
-        return () if self.tool_format == "words" else TOOL_FORMATS[self.tool_format].stop
+        return () if self.tool_format == "words" else FAMILY_FORMATS[self.tool_format].stop
 
     def success_rate(self, right: float) -> float:
         """Probability of success of a policy that always moves, and decides rightly with this probability."""
@@ -107,14 +108,14 @@ class Warehouse(EnvSettings):
 
     def write(self, move: str) -> str:
         """Write a move as the policy would."""
-        return move if self.tool_format == "words" else TOOL_FORMATS[self.tool_format].write(ToolCall(move, {}))
+        return move if self.tool_format == "words" else FAMILY_FORMATS[self.tool_format].write(ToolCall(move, {}))
 
     def read(self, text: str) -> str | None:
         """Read a move; None where it is none."""
         if self.tool_format == "words":
             move = text.strip()
         else:
-            turn = TOOL_FORMATS[self.tool_format].parse(text)
+            turn = FAMILY_FORMATS[self.tool_format].parse(text)
             move = turn.calls[0].name if len(turn.calls) == 1 and not turn.errors else ""
         return move if move in MOVES else None
 

@@ -38,7 +38,14 @@ def rollout_metrics(rows: Sequence[Row]) -> dict[str, float]:
         "prompt_length/mean": float(prompt.mean()),
         "num_turns/mean": float(turns.mean()),
         "error/frac": 1.0 - len(good) / len(rows),
+        **_parts(good),
     }
+
+
+def _parts(rows: Sequence[Row]) -> dict[str, float]:
+    """Mean of each part of a reward, and of how often it failed, over the rows whose info has it."""
+    names = sorted({name for row in rows for name in row.info if name.startswith(("reward/", "failed/"))})
+    return {name: float(np.mean([row.info[name] for row in rows if name in row.info])) for name in names}
 
 
 def to_go(reward_BT: np.ndarray, action_BT: np.ndarray, gamma: float) -> np.ndarray:

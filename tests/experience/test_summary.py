@@ -51,6 +51,19 @@ def test_explained_variance_of_a_perfect_and_of_an_ignorant_critic() -> None:
     assert explained(-returns_BT) == pytest.approx(-3.0)
 
 
+def row_of(info: dict, ending: Ending = Ending.TERMINATED) -> Row:
+    n = np.zeros(2, np.float32)
+    return Row(n.astype(np.int32), n.astype(bool), n, n, 0, 0, 0, ending, info=info)
+
+
+def test_parts_of_rewards_are_logged() -> None:
+    """Mean over the rows that have the part; a failed row is out."""
+    infos = [{"reward/exact": 1.0, "failed/exact": 0.0}, {"reward/exact": 0.0, "failed/exact": 1.0}, {"turns": 3}, {}]
+    got = rollout_metrics([*map(row_of, infos), row_of({"reward/exact": 9.0}, Ending.ERROR)])
+    parts = {name: got[name] for name in ("reward/exact", "failed/exact")}
+    assert parts == {"reward/exact": 0.5, "failed/exact": 0.5} and "turns" not in got
+
+
 def test_returns_that_do_not_vary_explain_nothing() -> None:
     experience = experience_of([[1, 1, 0]], reward=[[0, 0.5, 0]], value=[[[0.3, 0.1, 0]]])
     batch = Batch(experience, np.zeros((1, 3), np.float32))

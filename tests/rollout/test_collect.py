@@ -15,7 +15,7 @@ from ppojax.experience.pack import pack
 from ppojax.experience.summary import rollout_metrics
 from ppojax.models.forward import Params
 from ppojax.rollout import collect
-from ppojax.rollout.collect import Collector
+from ppojax.rollout.collect import Collector, Episode
 from ppojax.rollout.sampler import Turn
 from ppojax.types import Ending, Records, Rollout, Row
 from tiny_model import TOKENIZER, Scripted, ScriptedEnv, bits, collector_of, random_policy, scripted_task, speaker
@@ -207,6 +207,16 @@ def test_every_environment_is_closed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(type(collector.env), "make", lambda self: made.append(make(self)) or made[-1])
     collector(random_policy(), TASKS, KEY)
     assert len(made) == 6 and all(env.closed for env in made)
+
+
+def test_a_close_that_fails_changes_nothing() -> None:
+    class Stuck(ScriptedEnv):
+        def close(self) -> None:
+            raise OSError
+
+    episode = Episode(Stuck(), 0, 0, [], [], ending=Ending.TERMINATED)
+    episode.close()
+    assert episode.row().ending == Ending.TERMINATED
 
 
 def test_the_same_key_plays_the_same_episodes() -> None:

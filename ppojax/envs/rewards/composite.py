@@ -25,7 +25,7 @@ class Rewards(Component):
 
     A part that raises, returns no finite number, or takes longer than `timeout_s` has failed. Then the episode is an
     error, counted as `error/<type of the exception>` and out of the loss; or, with `failed_score`, the part has that
-    score and `info` gets `failed/<part>`.
+    score and `info` gets `failed/<part>` of 1.
     """
 
     exact: Exact | None = Field(default=None, description="is the answer the reference, as text")
@@ -70,9 +70,10 @@ class Rewards(Component):
         """Score one part; what a part gives by name is logged by name, and its sum is the score."""
         outside = isinstance(part, Function | Judge | Numeric)
         outcome = call_limited(lambda: _numbers(name, part(answered)), self.timeout_s if outside else None)
-        if outcome.error is not None and self.failed_score is not None:
-            info[f"failed/{name}"] = 1.0
-            return self.failed_score
+        if self.failed_score is not None:
+            info[f"failed/{name}"] = float(outcome.error is not None)
+            if outcome.error is not None:
+                return self.failed_score
         scores = outcome.unwrap()
         info.update({f"reward/{label}": score for label, score in scores.items()})
         return sum(scores.values())
