@@ -70,13 +70,14 @@ def build(config: Config) -> tuple[Parts, States]:
     """Load models, place them on the mesh, and set up sampling.
 
     Raises:
-        ConfigError: the mesh has too many devices or does not divide the model.
+        ConfigError: the mesh has too many devices or does not divide the model, or the environment lacks what it needs.
         DataError: weights, tokenizer or tasks cannot be used, or a prompt is too long.
     """
     if config.run.compilation_cache is not None:
         enable_compilation_cache(config.run.compilation_cache)
     if config.run.keep_memory:
         keep_freed_memory()  # before the first device is asked for: its threads make heaps of their own
+    train_tasks, eval_tasks = _tasks(config)  # what cannot be used there should not wait for weights
     mesh = config.mesh.build()
     key = purpose_key(config.seed, OUTSIDE, INIT_ACTOR)
     loaded = load_model(config.model, key, mesh, lambda model: _check_mesh(config, model))
@@ -97,20 +98,23 @@ def build(config: Config) -> tuple[Parts, States]:
         loaded.model,
         critic,
         make_collector(config, loaded.model, loaded.tokenizer, mesh),
-        config.env.tasks("train", config.seed),
-        config.env.tasks("eval", config.seed)[: config.eval.prompts],
+        train_tasks,
+        eval_tasks,
         actor_base,
         critic_base,
     )
-    if len(parts.train_tasks) < config.rollout.prompts:
-        raise DataError(
-            f"env: {len(parts.train_tasks)} training tasks, rollout.prompts asks for {config.rollout.prompts}"
-        )
     for task in (*parts.train_tasks[:CHECKED_PROMPTS], *parts.eval_tasks[:CHECKED_PROMPTS]):
         env = config.env.make()
         parts.collector.prompt(task, env)
         env.close()
     return parts, states
+
+
+def _tasks(config: Config) -> tuple[Sequence[Task], Sequence[Task]]:
+    train = config.env.tasks("train", config.seed)
+    if len(train) < config.rollout.prompts:
+        raise DataError(f"env: {len(train)} training tasks, rollout.prompts asks for {config.rollout.prompts}")
+    return train, config.env.tasks("eval", config.seed)[: config.eval.prompts]
 
 
 def build_critic(config: Config, actor: Loaded, mesh: jax.sharding.Mesh) -> tuple[ModelDef, Params, TrainState]:

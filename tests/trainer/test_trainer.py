@@ -9,9 +9,10 @@ import jax
 import numpy as np
 import pytest
 
+from ppojax.config import Config
 from ppojax.errors import ConfigError, DataError, DivergedError
 from ppojax.experience.summary import advantage_metrics
-from ppojax.trainer import Trainer
+from ppojax.trainer import Trainer, build
 from tiny_config import tiny
 
 CLOCKS = ("timing_s/", "perf/", "compile/")
@@ -27,6 +28,13 @@ def leaves(state: Any) -> list[np.ndarray]:
 
 def same(a: Any, b: Any) -> bool:
     return all(np.array_equal(x, y) for x, y in zip(leaves(a), leaves(b), strict=True))
+
+
+def test_tasks_are_looked_at_before_weights(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(build, "load_model", lambda *a: pytest.fail("weights were loaded"))
+    config = Config.load("model.path=smollm2", "env.type=jsonl", "env.path=no.jsonl", "env.reward.exact.weight=1")
+    with pytest.raises(DataError, match=r"no\.jsonl: cannot be read"):
+        Trainer(config)
 
 
 def test_five_steps() -> None:
