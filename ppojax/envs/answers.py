@@ -6,7 +6,7 @@ import re
 from fractions import Fraction
 from typing import Literal
 
-from ppojax.envs.tool_calls import split_thinking
+from ppojax.envs.tool_calls import TOOL_FORMATS, split_thinking
 
 AnswerFormat = Literal["whole", "line", "number", "tags", "think_tags", "boxed", "hashes"]
 
@@ -29,14 +29,19 @@ _TAGS = re.compile(r".*<answer>(.*)</answer>\s*", re.DOTALL)
 _MINUS = "\u2212"
 
 
+def spoken(text: str) -> str:
+    """Leave out thinking: what stands before `</think>`, or on gpt-oss's channel for it."""
+    return TOOL_FORMATS["harmony"].parse(text).content if "<|message|>" in text else split_thinking(text)[1]
+
+
 def extract(text: str, how: AnswerFormat) -> str | None:
     """Find the answer in a text; None where there is none.
 
     `whole`: all of the text. `line`: its last line that is not empty. `number`: its last number. `tags`: the last
     `<answer>...</answer>`; `think_tags`: the same. `boxed`: the last `\\boxed{...}`, braces matched. `hashes`: what
-    follows the last `####` on its line. Thinking before `</think>` is never looked at.
+    follows the last `####` on its line. Thinking is never looked at.
     """
-    _, text = split_thinking(text)
+    text = spoken(text)
     match how:
         case "whole":
             return text.strip() or None
@@ -66,7 +71,7 @@ def well_formed(text: str, how: AnswerFormat) -> bool:
             found = _THINK_TAGS.fullmatch(text)
             return found is not None and not any(re.search(r"</?(?:think|answer)>", part) for part in found.groups())
         case "tags":
-            _, rest = split_thinking(text)
+            rest = spoken(text)
             return _TAGS.fullmatch(rest) is not None and rest.count("<answer>") == rest.count("</answer>") == 1
         case "boxed" | "hashes":
             return text.count({"boxed": "\\boxed{", "hashes": "####"}[how]) == 1 and extract(text, how) is not None

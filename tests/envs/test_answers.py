@@ -16,6 +16,7 @@ from ppojax.envs.answers import INSTRUCTIONS, AnswerFormat, extract, number, wel
         ("whole", "<think>12+45</think>\n57", "57"),
         ("whole", "<think>never ends 57", None),
         ("whole", " ", None),
+        ("whole", "<|channel|>analysis<|message|>57?<|end|><|start|>assistant<|channel|>final<|message|>58", "58"),
         ("line", "so\n\nOslo\n \n", "Oslo"),
         ("line", "", None),
         ("number", "12 + 45 is 57.", "57"),
