@@ -143,6 +143,8 @@ class TPUSweeps(NamedTuple):
     ) -> list[jax.Array]:
         """Run a body on every block; it fills so many sums a row, or one `[n, V]` array of `dtype`."""
         (n, V), leaves = logits[0].shape, jax.tree.leaves(numbers)
+        if n == 0:
+            return [jnp.zeros((0,))] * sums if dtype is None else [jnp.zeros((0, V), dtype)]
         rows, words = block_shape(n, V, self.block)
 
         def kernel(*refs: Any) -> None:

@@ -35,7 +35,7 @@ from ppojax.types import TokenStats
 TILE_BYTES = 256 * 2**20
 # Bytes of float32 logits up to which all of them are kept for the backward: less memory than the rest of a step, and a
 # quarter less arithmetic.
-KEEP_BYTES = 256 * 2**20
+KEEP_BYTES = 512 * 2**20
 _ROW_MULTIPLE = 8
 
 

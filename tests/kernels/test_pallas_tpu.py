@@ -75,6 +75,11 @@ def test_a_split_vocabulary():
     compare(run(stats, c, mesh=mesh, block=SMALL, **EVERY), exact(c), **TIGHT)
 
 
+def test_no_rows():
+    found = stats(jnp.zeros((0, 16)), jnp.ones((300, 16)), jnp.zeros(0, jnp.int32), entropy=True)
+    assert found.logp.shape == found.entropy.shape == (0,)
+
+
 def test_blocks():
     """Even shares of the rows, in whole tiles of bfloat16; few rows or words are one block."""
     shapes = {(1, 17): (1, 17), (216, 151_936): (112, 2048), (128, 4096): (128, 2048), (8192, 2048): (128, 2048)}
