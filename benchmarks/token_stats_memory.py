@@ -48,10 +48,12 @@ def compiled(sweeps: Sweeps | None, shape: tuple[int, int, int], ask: Ask, place
     """The program of every statistic in `ask` and of its gradients; `sweeps` is None for the definition."""
     tokens, width, vocabulary = shape
 
-    def objective(hidden: jax.Array, head: jax.Array, target: jax.Array, *other: jax.Array) -> jax.Array:
+    def objective(hidden: jax.Array, head: jax.Array, target: jax.Array, *other: Any) -> jax.Array:
         settings = {"temperature": 1.0, "softcap": None}
         if sweeps is None:
-            stats = reference.token_stats(hidden, head, target, other or None, **settings, **ask._asdict())
+            stats = reference.token_stats(
+                hidden, head, target, (other[0], other[1]) if other else None, **settings, **ask._asdict()
+            )
         else:
             inputs = tiled.Inputs(hidden, head, target, *other)
             stats = tiled.token_stats(inputs, ask=ask, sweeps=sweeps, **settings)

@@ -173,11 +173,12 @@ def backward(plan: Plan, inputs: Inputs, saved: Saved, cotangent: TokenStats) ->
 
 
 def _backward_tile(
-    plan: Plan, inputs: Inputs, saved: Saved, cotangent: TokenStats, words: int
+    plan: Plan, inputs: Inputs, saved: Saved, cotangent: Any, words: int
 ) -> Callable[[Sums, Any], tuple[Sums, None]]:
     """Make the function that adds the part of a tile, given its first word, to the gradients so far."""
-    width, ids = inputs.head_VD.shape[0], (inputs.target_N, inputs.id_NK)
-    place_N, place_NK = jax.tree.map(lambda x: plan.split.local(x, width), ids)
+    width = inputs.head_VD.shape[0]
+    place_N = plan.split.local(inputs.target_N, width)
+    place_NK = None if inputs.id_NK is None else plan.split.local(inputs.id_NK, width)
     numbers = line(inputs.id_NK, saved.residuals, cotangent, plan.ask)
     slope = Slope(plan.temperature, plan.softcap)
     dtype = product_dtype(inputs.hidden_ND, inputs.head_VD)
@@ -187,7 +188,7 @@ def _backward_tile(
         head_vD = _words(inputs.head_VD, start, words)
         z_Nv, y_Nv = saved.z_NV, saved.y_NV
         if z_Nv is None:
-            other_vR = _words(inputs.reference_head_VD, start, words)
+            other_vR = jax.tree.map(lambda x: _words(x, start, words), inputs.reference_head_VD)  # may be None
             z_Nv = logits(inputs.hidden_ND, head_vD, plan.temperature, plan.softcap)
             y_Nv = _reference_logits(inputs.reference_hidden_ND, other_vR, plan)
         topk = None if place_NK is None else (within(place_NK - start, words), cotangent.topk_logp)
@@ -202,10 +203,8 @@ def _backward_tile(
     return add
 
 
-def _words(x_VD: jax.Array | None, start: Any, words: int) -> jax.Array | None:
-    if x_VD is None or x_VD.shape[0] == words:
-        return x_VD
-    return jax.lax.dynamic_slice_in_dim(x_VD, start, words)
+def _words(x_VD: jax.Array, start: Any, words: int) -> jax.Array:
+    return x_VD if x_VD.shape[0] == words else jax.lax.dynamic_slice_in_dim(x_VD, start, words)
 
 
 def _put_words(x_VD: jax.Array, part_vD: jax.Array, start: Any) -> jax.Array:
