@@ -11,8 +11,12 @@ from nbclient import NotebookClient
 
 FOLDER = Path(__file__).parent.parent / "notebooks"
 NOTEBOOKS = sorted(FOLDER.glob("*.ipynb"))
-PUBLIC = {"ppojax.config", "ppojax.trainer"}
-SHORT = {"101_first_run.ipynb": ("supervised = 100", "steps = 10", "supervised = 3", "steps = 2")}
+PUBLIC = {"ppojax.config", "ppojax.kernels", "ppojax.models.forward", "ppojax.trainer", "ppojax.types"}
+SHORT = {
+    "101_first_run.ipynb": ("supervised = 100", "steps = 10", "supervised = 3", "steps = 2"),
+    "102_ratio_and_tv.ipynb": ("prompts = 4", "learning_rate = 5e-6", "prompts = 1", "learning_rate = 2e-5"),
+}
+LOADS_A_MODEL = {"102_ratio_and_tv.ipynb"}
 MAX_BYTES = 200_000
 
 each_notebook = pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.name)
@@ -65,7 +69,10 @@ def test_it_is_committed_as_it_was_run(path: Path) -> None:
     assert path.stat().st_size < MAX_BYTES
 
 
-@each_notebook
+@pytest.mark.parametrize(
+    "path",
+    [pytest.param(p, id=p.name, marks=[pytest.mark.slow] if p.name in LOADS_A_MODEL else []) for p in NOTEBOOKS],
+)
 def test_it_runs_when_cut_short(path: Path) -> None:
     notebook = read(path)
     expected = plots(notebook)
