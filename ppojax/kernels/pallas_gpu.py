@@ -1,8 +1,8 @@
 """The passes as Pallas kernels for Hopper GPUs (Mosaic GPU), on logits that the library's matrix product made.
 
-Every pass is bound by reading the logits. A tile has 100 to 250 rows, too few to give 132 multiprocessors equal work,
-so a row is cut into pieces and a block of 128 threads takes one piece: some 8,000 blocks a tile, several at a time on
-each multiprocessor, which hides the latency of memory without a pipeline. No word is used twice by a kernel: it goes
+Every pass is bound by reading the logits. A forward tile has some 100 to 400 rows, too few to give 132 multiprocessors
+equal work, so a row is cut into pieces and a block of 128 threads takes one piece: some 16,000 blocks a tile, several
+at a time on each multiprocessor, which hides the latency of memory without a pipeline. No word is used twice: it goes
 straight to registers, 16 bytes a load, with no stop in shared memory; and since a whole piece is in registers, its
 maximum is found before the one exponential of each word is taken. A piece leaves a few sums in memory; XLA adds them
 up over the row.
