@@ -8,6 +8,7 @@ has their type.
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import jax
@@ -89,7 +90,8 @@ def _log_probabilities(block: Block, normals: Any) -> list[jax.Array]:
     return [(z - normal.max) - normal.log_total for z, normal in zip(block.logits, normals, strict=True)]
 
 
-class TPUSweeps(NamedTuple):
+@dataclass(frozen=True)
+class TPUSweeps:
     """The passes as kernels for TPUs; `interpret` runs them anywhere, slowly, for tests.
 
     `block` is the largest block of logits: rows, a multiple of 16, and words, a multiple of 128.

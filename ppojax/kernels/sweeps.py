@@ -6,6 +6,7 @@ other `Sweeps`. Each returns sums over the words it was given, so that a vocabul
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import jax
@@ -162,7 +163,8 @@ def log_softmax(z_nV: jax.Array, normal: Normal) -> jax.Array:
     return (z_nV - normal.max[:, None]) - normal.log_total[:, None]
 
 
-class XLASweeps(NamedTuple):
+@dataclass(frozen=True)
+class XLASweeps:
     """The passes as XLA fuses them."""
 
     def refusal(self, vocabulary: int) -> str | None:
