@@ -39,6 +39,8 @@ FOREIGN_KEYS = {
     "actor_rollout_ref.model.path": "model.path",
     "actor_rollout_ref.rollout.n": "rollout.group_size",
     "actor_rollout_ref.rollout.temperature": "rollout.temperature",
+    "actor_rollout_ref.rollout.top_k": "rollout.top_k",
+    "actor_rollout_ref.rollout.top_p": "rollout.top_p",
     "actor_rollout_ref.rollout.tensor_model_parallel_size": "mesh.tensor",
     "algorithm.adv_estimator": "advantage.type",
     "algorithm.gamma": "advantage.gamma",
@@ -143,6 +145,7 @@ class Config(Settings):
         yield from _model(self)
         yield from _rows(self)
         yield from _tokens(self)
+        yield from _slots(self)
         yield from _schedules(self)
         yield from _supports(self)
         if self.advantage.needs_values:
@@ -260,6 +263,23 @@ def _tokens(config: Config) -> Iterator[Contradiction]:
             ("rollout.max_turn_tokens", "rollout.max_tokens"),
             "a turn leaves no room for the prompt in its row",
             "raise rollout.max_tokens or lower rollout.max_turn_tokens",
+        )
+
+
+def _slots(config: Config) -> Iterator[Contradiction]:
+    rollout, shards = config.rollout, config.mesh.row_shards
+    if rollout.slots is not None and rollout.slots % shards:
+        yield Contradiction(
+            ("rollout.slots", "mesh.data", "mesh.fsdp", "mesh.expert"),
+            f"slots are not split evenly over {shards} devices",
+            f"make rollout.slots a multiple of {shards}",
+        )
+    if rollout.cuts and config.loss.records != NO_RECORDS:
+        yield Contradiction(
+            ("rollout.top_k", "rollout.top_p", "rollout.min_p", "loss.support", "loss.compare_supports"),
+            "the loss compares whole distributions, and the sampler would draw from a cut one that is not recorded",
+            "set rollout.top_k=0, rollout.top_p=1 and rollout.min_p=0, or loss.support=binary and "
+            "loss.compare_supports=false",
         )
 
 

@@ -179,6 +179,18 @@ CONTRADICTIONS = [
         "prompt in its row; raise rollout.max_tokens or lower rollout.max_turn_tokens",
     ),
     (
+        (*BASE, "rollout.slots=3", "mesh.data=2"),
+        "rollout.slots=3 (command line), mesh.data=2 (command line), mesh.fsdp=1 (default), mesh.expert=1 (default): "
+        "slots are not split evenly over 2 devices; make rollout.slots a multiple of 2",
+    ),
+    (
+        (*BASE, "loss.support=full", "rollout.top_p=0.9"),
+        "rollout.top_k=0 (default), rollout.top_p=0.9 (command line), rollout.min_p=0.0 (default), loss.support=full "
+        "(command line), loss.compare_supports=false (default): the loss compares whole distributions, and the sampler "
+        "would draw from a cut one that is not recorded; set rollout.top_k=0, rollout.top_p=1 and rollout.min_p=0, or "
+        "loss.support=binary and loss.compare_supports=false",
+    ),
+    (
         (*BASE, "loss.support=full", "loss.anchor=old"),
         "loss.anchor=old (command line), loss.support=full (command line), loss.compare_supports=false (default): only "
         "the sampler keeps more of its distribution than the drawn token: the old policy has no other support; set "

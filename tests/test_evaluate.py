@@ -103,7 +103,7 @@ def test_it_is_the_checkpoints_policy_on_the_runs_held_out_tasks(
 ) -> None:
     seen: list[tuple[dict, Sequence[Task]]] = []
 
-    def spy(collector: object, params: dict, tasks: Sequence[Task], rows: int, key: jax.Array) -> tuple[dict, list]:
+    def spy(collector: object, params: dict, tasks: Sequence[Task], key: jax.Array) -> tuple[dict, list]:
         seen.append((params, tasks))
         return {"val/success": 0.0, "val/success_low": 0.0, "val/success_high": 1.0, "val/reward/mean": 0.0}, []
 

@@ -45,7 +45,8 @@ LATE_IMPORTS = {
     ("evaluate.py", "ppojax.trainer.held_out"),
     ("export.py", "ppojax.trainer.exporting"),
 }
-BROAD_EXCEPTS = {"rollout/collect.py", "envs/user_code.py"}  # environments and their tools are the user's code
+# Environments and their tools are the user's code.
+BROAD_EXCEPTS = {"rollout/collect.py", "rollout/episode.py", "rollout/workers.py", "envs/user_code.py"}
 PROBES = {"lazy.py"}  # a proxy of a module
 
 MAX_FILE, MAX_FUNCTION = 400, 60

@@ -88,7 +88,7 @@ def scripted_task(prompt: str, *turns: tuple[str, float | Exception]) -> Task:
 
 
 def sampler_of(**changes: Any) -> SamplerDef:
-    settings: dict[str, Any] = {"mesh": MeshConfig().build(), "slots": 64, "turn_tokens": 6} | changes
+    settings: dict[str, Any] = {"mesh": MeshConfig().build(), "positions": 64, "turn_tokens": 6} | changes
     return SamplerDef(MODEL, **settings)
 
 
@@ -96,9 +96,11 @@ def stops(stop: Sequence[str] = (), eos: Sequence[int] = TOKENIZER.eos_ids) -> j
     return jnp.asarray(stop_table(TOKENIZER.token_bytes(), stop, eos))
 
 
-def collector_of(group_size: int = 2, stop: Sequence[str] = (), **changes: Any) -> Collector:
+def collector_of(
+    group_size: int = 2, stop: Sequence[str] = (), slots: int = 6, workers: int = 0, **changes: Any
+) -> Collector:
     """A collector of scripted episodes."""
-    return Collector(Scripted(), TOKENIZER, sampler_of(**changes), stops(stop), group_size, bucket=8)
+    return Collector(Scripted(), TOKENIZER, sampler_of(**changes), stops(stop), group_size, 8, slots, workers)
 
 
 def bits(x: Any) -> np.ndarray:

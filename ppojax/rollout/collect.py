@@ -1,105 +1,31 @@
-"""Episodes: the sampler and the environments take turns until every episode has ended.
+"""Episodes: the sampler writes in its slots while environments answer, until every episode has ended.
 
-Token in, token out: each row is one append-only buffer. What the policy wrote stays exactly as it was sampled;
-an observation is rendered as the suffix that follows it and is never an action.
+Episodes wait for a slot, and keep it to their end. All that touches a device happens in the caller's thread;
+workers run environments only.
 """
 
 from __future__ import annotations
 
-import math
 import time
 from collections import Counter
-from collections.abc import Sequence
-from contextlib import suppress
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import jax
 import numpy as np
 
-from ppojax.envs import Env, EnvConfig, Step, Task
+from ppojax.envs import Env, EnvConfig, Reset, Task
 from ppojax.errors import DataError
 from ppojax.models.forward import Params
 from ppojax.models.tokenizer import Tokenizer
-from ppojax.rollout.sampler import SamplerDef, Turn, decode, extend, pad_tokens, prefill, record_shapes
-from ppojax.types import Ending, Messages, Recorded, Rollout, Row
-
-
-@dataclass
-class Episode:
-    """One episode while it is played."""
-
-    env: Env
-    group: int
-    number: int
-    messages: Messages
-    token: list[int]
-    action: list[bool] = field(default_factory=list)
-    logp: list[float] = field(default_factory=list)
-    reward: list[float] = field(default_factory=list)
-    ending: Ending | None = None
-    clipped: bool = False  # a turn ran into its limit
-    info: dict[str, Any] = field(default_factory=dict)
-    routed: np.ndarray | None = None  # of every token, when the sampler kept its choice of experts
-    recorded: list[Recorded] = field(default_factory=lambda: [Recorded()])  # of the actions, turn by turn
-
-    def write(self, ids: Sequence[int], *, action: bool, logp: Sequence[float] | None = None) -> None:
-        """Append tokens to the row."""
-        self.token += ids
-        self.action += [action] * len(ids)
-        self.logp += [0.0] * len(ids) if logp is None else logp
-        self.reward += [0.0] * len(ids)
-
-    def act(self, ids: list[int], logp: list[float], text: str) -> Messages:
-        """Append a sampled turn, let the environment answer, and return its new messages (empty when it is over)."""
-        self.write(ids, action=True, logp=logp)
-        message = {"role": "assistant", "content": text}
-        self.messages.append(message)
-        try:
-            return self._take(self.env.step(message))
-        except Exception as error:  # an environment is user code: its failure ends its own episode only
-            return self.fail(error)
-
-    def _take(self, step: Step) -> Messages:
-        if not math.isfinite(step.reward):
-            raise ValueError(f"reward {step.reward}")
-        self.reward[-1] += step.reward
-        self.info.update(step.info)
-        self.messages += step.messages
-        if step.terminated or step.truncated:
-            self.ending = Ending.TERMINATED if step.terminated else Ending.TRUNCATED
-            return []
-        return step.messages
-
-    def fail(self, error: Exception) -> Messages:
-        """End the episode as an error, out of the loss and the group statistics."""
-        self.ending = Ending.ERROR
-        self.info["error"] = type(error).__name__
-        return []
-
-    def row(self) -> Row:
-        """The finished row."""
-        assert self.ending is not None
-        return Row(
-            token=np.array(self.token, np.int32),
-            action=np.array(self.action, bool),
-            logp_behavior=np.array(self.logp, np.float32),
-            reward=np.array(self.reward, np.float32),
-            group=self.group,
-            episode=self.number,
-            segment=0,
-            ending=self.ending,
-            clipped=self.clipped,
-            messages=self.messages,
-            info=self.info,
-            routed=self.routed,
-            recorded=jax.tree.map(lambda *turns: np.concatenate(turns), *self.recorded),
-        )
-
-    def close(self) -> None:
-        """Let the environment go; the episode is over, so that a failure here changes nothing."""
-        with suppress(Exception):
-            self.env.close()
+from ppojax.rollout.decode import Turns, begin_turn, decode, no_turns
+from ppojax.rollout.episode import Episode
+from ppojax.rollout.feed import feed, share_prompts
+from ppojax.rollout.sampler import SamplerDef, empty, record_shapes
+from ppojax.rollout.workers import PROMPT_S, Job, Workers
+from ppojax.types import Ending, Messages, Rollout
 
 
 @dataclass(frozen=True)
@@ -111,114 +37,246 @@ class Collector:
     sampler: SamplerDef
     stop_SV: jax.Array
     group_size: int
-    bucket: int  # prompts and observations are padded up to a multiple of this
+    bucket: int  # lengths of prompts and observations are padded to this times a power of two
+    slots: int  # rows that are written at a time; other episodes wait
+    workers: int = 0  # threads that run environments; with 0 they run in order, in the caller's thread
+    env_timeout_s: float | None = None  # of a reset or a step, in a thread
+    share_prompts: bool = True  # episodes that begin alike have their prompt read once
 
     def __call__(self, params: Params, tasks: Sequence[Task], key: jax.Array) -> Rollout:
-        """Play `group_size` episodes of each task to their end.
+        """Play `group_size` episodes of each task to their end; rows are in the order of the tasks.
 
         Raises:
-            DataError: a prompt leaves no room for a turn in the cache.
+            DataError: a prompt leaves no room for a turn in the cache, or too many environments hang.
         """
         start = time.perf_counter()
-        episodes: list[Episode] = []
+        play, whole = _Play(self, params, key), False
         try:
-            for group, task in enumerate(tasks):
-                self._reset(task, group, episodes)
-            self._play(params, episodes, key)
+            play.run(tasks)
+            whole = True
         finally:
-            for episode in episodes:
-                episode.close()
-        return self._rollout(episodes, time.perf_counter() - start)
-
-    def _play(self, params: Params, episodes: Sequence[Episode], key: jax.Array) -> None:
-        token_PT, length_P = pad_tokens(
-            [e.token for e in episodes[:: self.group_size]], self.bucket, self.sampler.slots
-        )
-        slots = prefill(params, token_PT, length_P, sampler=self.sampler, group_size=self.group_size)
-        episode_B = np.array([e.number for e in episodes], np.int32)
-        turns = 0
-        while (active_B := np.array([e.ending is None for e in episodes])).any():
-            turn_key = jax.random.fold_in(key, turns)
-            slots, turn = decode(params, slots, active_B, episode_B, turn_key, self.stop_SV, sampler=self.sampler)
-            observations = self._step(episodes, jax.device_get(turn))
-            turns += 1
-            if any(observations):
-                token_BT, count_B = pad_tokens(observations, self.bucket, self.sampler.slots)
-                slots = extend(params, slots, token_BT, count_B, sampler=self.sampler)
-        if slots.routed_LBSK is not None:
-            routed_BSLK = np.moveaxis(jax.device_get(slots.routed_LBSK), 0, 2)
-            for episode, routed_SLK in zip(episodes, routed_BSLK, strict=True):
-                episode.routed = routed_SLK[: len(episode.token)].copy()
+            play.close(wait=whole)
+        return play.rollout(time.perf_counter() - start)
 
     def prompt(self, task: Task, env: Env) -> tuple[Messages, list[int]]:
-        """Start a task and render its prompt.
+        """Start a task and render its prompt (see `render`)."""
+        reset = env.reset(task)
+        return list(reset.messages), self.render(task, reset)
+
+    def render(self, task: Task, reset: Reset) -> list[int]:
+        """Write how an episode starts as tokens.
 
         Raises:
             DataError: the prompt leaves no room for a turn in the cache.
         """
-        reset = env.reset(task)
-        ids = self.tokenizer.render(reset.messages, reset.tools)
-        if len(ids) >= self.sampler.slots:
+        ids, room = self.tokenizer.render(reset.messages, reset.tools), self.sampler.positions
+        if len(ids) >= room:
             raise DataError(
                 f"task {task.id}: its prompt has {len(ids)} tokens, rollout.max_tokens leaves room for "
-                f"{self.sampler.slots - 1}: raise rollout.max_tokens or shorten the task"
+                f"{room - 1}: raise rollout.max_tokens or shorten the task"
             )
-        return list(reset.messages), ids
+        return ids
 
-    def _reset(self, task: Task, group: int, episodes: list[Episode]) -> None:
-        """Start the episodes of one task; they share a prompt, which is read once."""
-        shared: list[int] | None = None
-        members = []
-        nothing = jax.tree.map(lambda kept: np.zeros(kept.shape, kept.dtype), record_shapes(self.sampler, 0))
-        for member in range(self.group_size):
-            number = group * self.group_size + member
-            episode = Episode(self.env.make(), group, number, [], [], recorded=[nothing])
-            episodes.append(episode)
-            members.append(episode)
-            try:
-                episode.messages, ids = self.prompt(task, episode.env)
-            except DataError:
-                raise
-            except Exception as error:  # as in `Episode.act`
-                episode.fail(error)
-                continue
-            if shared is not None and ids != shared:
-                raise DataError(
-                    f"task {task.id}: its environment starts the episodes of a group differently: "
-                    f"make reset depend on the task alone, or set rollout.group_size=1"
-                )
-            shared = ids
-        # A failed member keeps the group's prompt, so that rows stay aligned; it is in no loss.
-        for episode in members:
-            episode.write(shared or [self.tokenizer.eos_ids[0]], action=False)
 
-    def _step(self, episodes: Sequence[Episode], turn: Turn) -> list[list[int]]:
-        """Hand each active episode its turn; return the observation tokens to append, row by row."""
-        observations: list[list[int]] = [[] for _ in episodes]
-        for b, episode in enumerate(episodes):
-            if episode.ending is not None:
-                continue
-            count = int(turn.count_B[b])
-            ids, logp = turn.token_BN[b, :count].tolist(), turn.logp_BN[b, :count].tolist()
-            episode.recorded.append(jax.tree.map(lambda kept, b=b, n=count: kept[b, :n].copy(), turn.recorded))
-            ended = ids[-1] in self.tokenizer.eos_ids
-            episode.clipped |= not turn.stopped_B[b]
-            new = episode.act(ids, logp, self.tokenizer.decode(ids[:-1] if ended else ids))
-            if episode.ending is not None:
-                continue
-            try:
-                suffix = self.tokenizer.suffix(new, ended=ended)
-            except DataError as error:  # what the environment said cannot be written in this vocabulary
-                episode.fail(error)
-                continue
-            if len(episode.token) + len(suffix) >= self.sampler.slots:
-                episode.ending = Ending.TRUNCATED
-                continue
-            episode.write(suffix, action=False)
-            observations[b] = suffix
-        return observations
+class _Play:
+    """The episodes of one call, and where they are."""
 
-    def _rollout(self, episodes: Sequence[Episode], seconds: float) -> Rollout:
-        errors = Counter(e.info["error"] for e in episodes if e.ending == Ending.ERROR)
+    def __init__(self, collector: Collector, params: Params, key: jax.Array) -> None:
+        self.collector, self.sampler, self.params, self.key = collector, collector.sampler, params, key
+        self.workers = Workers(collector.workers, collector.env_timeout_s)
+        self.asked: dict[Job, Episode] = {}  # episodes whose environment is at work
+        self.slow: set[Episode] = set()  # and those that have been waited for in vain
+        self.episodes: list[Episode] = []
+        self.tasks: Sequence[Task] = ()
+        self.prompts: dict[int, list[int]] = {}  # of each group
+        self.ready: list[Episode] = []  # waiting for a slot
+        self.slots = empty(params, sampler=self.sampler, count=collector.slots)
+        self.turns = no_turns(collector.slots)
+        self.held: list[Episode | None] = [None] * collector.slots  # the episode in each slot
+        self.began: list[list[int] | None] = [None] * collector.slots  # the prompt of its last row
+        self.observed: dict[int, list[int]] = {}  # tokens to be appended in slots
+        self.left: dict[int, Episode] = {}  # episodes that are over, whose slots still hold their experts
+        self.written = self.passes = 0
+
+    def run(self, tasks: Sequence[Task]) -> None:
+        """Play to the end of every episode."""
+        self._begin(tasks)
+        while any(e.ending is None for e in self.episodes):
+            for job in self.workers.ended(idle=not self.turns.live_B.any()):
+                self._answered(job)
+            self._admit()
+            if self.observed:
+                self._feed(self.observed, prompt=False)
+                self.observed = {}
+            if self.turns.live_B.any():
+                self._decode()
+        self._keep_experts()
+
+    def close(self, wait: bool) -> None:
+        """Let environments go that are still there."""
+        busy = {episode for job, episode in self.asked.items() if job.leave()}
+        for episode in self.episodes:
+            if episode.ending is None and episode not in busy:
+                self.workers.submit(episode.close, None)
+        self.workers.close(wait)
+
+    def rollout(self, seconds: float) -> Rollout:
+        """The finished rows. A failed episode without a prompt has its group's, so that rows stay aligned."""
+        for episode in self.episodes:
+            if not episode.token:
+                ids = self.prompts.get(episode.group, [self.collector.tokenizer.eos_ids[0]])
+                episode.write(ids, action=False)
+        errors = Counter(e.info["error"] for e in self.episodes if e.ending == Ending.ERROR)
         metrics = {f"error/{name}": float(count) for name, count in errors.items()}
-        return Rollout(tuple(e.row() for e in episodes), {"timing_s/gen": seconds, **metrics})
+        metrics["timing_s/gen"], metrics["timing_s/env_wait"] = seconds, self.workers.waited_s
+        metrics["perf/slot_use"] = self.written / max(self.passes * self.collector.slots, 1)
+        return Rollout(tuple(e.row() for e in self.episodes), metrics)
+
+    def _begin(self, tasks: Sequence[Task]) -> None:
+        """Start every episode; those of a group have to begin alike."""
+        self.tasks, size = tasks, self.collector.group_size
+        nothing = jax.tree.map(lambda kept: np.zeros(kept.shape, kept.dtype), record_shapes(self.sampler, 0))
+        for number in range(len(tasks) * size):
+            episode = Episode(self.collector.env.make(), number // size, number, [], [], recorded=[nothing])
+            self.episodes.append(episode)
+            self._ask(episode, partial(episode.env.reset, tasks[episode.group]))
+
+    def _ask(self, episode: Episode, call: Callable[[], Any]) -> None:
+        self.asked[self.workers.submit(call, episode.close, episode not in self.slow)] = episode
+
+    def _answered(self, job: Job) -> None:
+        """Take what an environment says, and go on, or end the episode."""
+        episode = self.asked.pop(job, None)
+        if episode is None:  # it has been closed
+            return
+        if job.took_s > PROMPT_S:
+            self.slow.add(episode)
+        if job.error is not None:
+            episode.fail(job.error)
+        elif not episode.token:
+            self._started(episode, job.result)
+        else:
+            self._observe(episode, job.result)
+        if episode.ending is None:
+            return
+        if episode in self.held:
+            slot = self.held.index(episode)
+            self.held[slot], self.left[slot] = None, episode
+        if not job.left:
+            self.workers.submit(episode.close, None)
+
+    def _started(self, episode: Episode, reset: Reset) -> None:
+        task = self.tasks[episode.group]
+        try:
+            ids, episode.messages = self.collector.render(task, reset), list(reset.messages)
+        except DataError:
+            raise
+        except Exception as error:  # an environment is user code: its failure ends its own episode only
+            episode.fail(error)
+            return
+        if self.prompts.setdefault(episode.group, ids) != ids:
+            raise DataError(
+                f"task {task.id}: its environment starts the episodes of a group differently: "
+                f"make reset depend on the task alone, or set rollout.group_size=1"
+            )
+        episode.write(ids, action=False)
+        self.ready.append(episode)
+
+    def _observe(self, episode: Episode, step: Any) -> None:
+        """Write an answer behind the turn, if the next turn has room behind it."""
+        new, tokenizer = episode.hear(step), self.collector.tokenizer
+        if episode.ending is not None:
+            return
+        try:
+            suffix = tokenizer.suffix(new, ended=episode.token[-1] in tokenizer.eos_ids)
+        except DataError as error:  # what the environment said cannot be written in this vocabulary
+            episode.fail(error)
+            return
+        if len(episode.token) + len(suffix) >= self.sampler.positions:
+            episode.ending = Ending.TRUNCATED
+            return
+        episode.write(suffix, action=False)
+        slot = self.held.index(episode)
+        if suffix:
+            self.observed[slot] = suffix
+        self._begin_turn(slot, episode)
+
+    def _begin_turn(self, slot: int, episode: Episode) -> None:
+        episode.turn = len(episode.token)
+        begin_turn(self.turns, slot, episode.number, self.sampler.turn_tokens)
+
+    def _admit(self) -> None:
+        """Give free slots to waiting episodes: prompts that a slot has begun with are taken from there."""
+        free = [b for b, episode in enumerate(self.held) if episode is None]
+        if not (free and self.ready):
+            return
+        self._keep_experts()
+        self.ready.sort(key=lambda episode: episode.number)
+        entering, self.ready = self.ready[: len(free)], self.ready[len(free) :]
+        read: dict[int, list[int]] = {}
+        before: dict[int, int] = {}  # to each slot, from where: prompts of earlier rows, and those that are read now
+        now: dict[int, int] = {}
+        for episode in entering:
+            source = self.began.index(episode.token) if self._begun(episode.token) else None
+            if source is not None:  # a slot that is only going to hold the prompt says where it comes from
+                source = before.get(source, now.get(source, source))
+            slot = source if source in free else self._least_wanted(free)
+            free.remove(slot)
+            if source is None:
+                read[slot] = episode.token
+            else:
+                (now if source in read else before)[slot] = source
+            self.held[slot], self.began[slot] = episode, list(episode.token)
+            self._begin_turn(slot, episode)
+        self._share(before)
+        if read:
+            self._feed(read, prompt=True)
+        self._share(now)
+
+    def _begun(self, prompt: list[int]) -> bool:
+        return self.collector.share_prompts and prompt in self.began
+
+    def _least_wanted(self, free: list[int]) -> int:
+        """A free slot, if possible one that holds no prompt of a waiting episode."""
+        wanted = [episode.token for episode in self.ready]
+        return next((b for b in free if self.began[b] not in wanted), free[0])
+
+    def _share(self, sources: dict[int, int]) -> None:
+        if sources:
+            lengths = {slot: len(self.began[slot] or ()) for slot in sources}
+            self.slots = share_prompts(self.slots, sources, lengths, sampler=self.sampler)
+
+    def _feed(self, rows: dict[int, list[int]], *, prompt: bool) -> None:
+        smallest = self.collector.bucket
+        self.slots = feed(self.params, self.slots, rows, sampler=self.sampler, smallest=smallest, prompt=prompt)
+
+    def _decode(self) -> None:
+        """Let every live slot write a segment; turns that are over go to their environments."""
+        stop_SV, turns = self.collector.stop_SV, self.turns
+        self.slots, segment = decode(self.params, self.slots, turns, self.key, stop_SV, sampler=self.sampler)
+        segment = jax.device_get(segment)
+        left_B = turns.left_B - segment.count_B
+        self.turns = Turns(np.array(segment.live_B), turns.episode_B, np.array(segment.state_B), left_B)
+        self.written += int(segment.count_B.sum())
+        self.passes += int(segment.count_B.max())
+        for b in np.flatnonzero(turns.live_B).tolist():
+            episode, n = self.held[b], int(segment.count_B[b])
+            assert episode is not None
+            episode.write(segment.token_BN[b, :n].tolist(), action=True, logp=segment.logp_BN[b, :n].tolist())
+            episode.recorded.append(jax.tree.map(lambda kept, b=b, n=n: kept[b, :n].copy(), segment.recorded))
+            if not segment.live_B[b]:
+                self._say(episode, stopped=int(segment.state_B[b]) == stop_SV.shape[0] - 1)
+
+    def _say(self, episode: Episode, *, stopped: bool) -> None:
+        tokenizer, ids = self.collector.tokenizer, episode.token[episode.turn :]
+        episode.clipped |= not stopped
+        message = episode.say(tokenizer.decode(ids[:-1] if ids[-1] in tokenizer.eos_ids else ids))
+        self._ask(episode, partial(episode.env.step, message))
+
+    def _keep_experts(self) -> None:
+        """Fetch the experts that read the rows which are over, before others take their slots."""
+        if self.slots.routed_LBSK is not None and self.left:
+            routed_BSLK = np.moveaxis(jax.device_get(self.slots.routed_LBSK), 0, 2)
+            for slot, episode in self.left.items():
+                episode.routed = routed_BSLK[slot, : len(episode.token)].copy()
+        self.left = {}

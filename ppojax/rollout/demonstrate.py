@@ -8,7 +8,7 @@ import numpy as np
 
 from ppojax.envs import EnvConfig, Task
 from ppojax.models.tokenizer import Tokenizer
-from ppojax.rollout.collect import Episode
+from ppojax.rollout.episode import Episode
 from ppojax.types import Ending, Row
 
 

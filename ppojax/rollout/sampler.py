@@ -1,49 +1,38 @@
-"""The sampler: jitted prefill, extend and decode over a static cache.
+"""The sampler's state: a fixed number of slots over a static cache, and what reads given tokens into them.
 
-Slot s of a row's cache holds its token at position s, so appending is writing at the row's length and a row can be
-cut back by lowering its length. Randomness depends on the episode and the position only, never on the slot.
+Position s of a slot's cache holds its token at position s, so appending is writing at the slot's length, and a slot can
+be cut back by lowering its length. Every call that changes slots takes them over (they are donated) and leaves the
+slots that it was not given as they are.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from ppojax.mesh import sharding
 from ppojax.models.attention import KeyValue
 from ppojax.models.decoder import Hidden
-from ppojax.models.forward import ModelDef, Params, head_VD, hidden_states, logits
-from ppojax.rollout.stop import START
+from ppojax.models.forward import ModelDef, Params, hidden_states, positions
+from ppojax.rollout.draw import NO_CUTS, Cuts
 from ppojax.types import NO_RECORDS, Recorded, Records
 
 CACHE = (None, "rows", None, "kv_heads", None)  # logical axes of keys and values
 ROUTED = (None, "rows", None, None)  # and of the experts that were chosen
-BLOCK = 256  # vocabulary block of the two-level inverse CDF
 
 
 class Slots(NamedTuple):
-    """The sampler's state: one slot a row."""
+    """The sampler's state: each of B slots holds one row at a time."""
 
     cache: KeyValue
     hidden_BD: jax.Array  # hidden state of each row's last token
+    prompt_BD: jax.Array  # and of the last token of its prompt, from which others of its group go on
     length_B: jax.Array  # int32
-    routed_LBSK: jax.Array | None = None  # int16: experts that read the token in each slot, where they are recorded
-
-
-class Turn(NamedTuple):
-    """What one call of `decode` wrote."""
-
-    token_BN: jax.Array  # int32
-    logp_BN: jax.Array  # float32, log-probability under the distribution that the token was drawn from
-    count_B: jax.Array  # int32, tokens written
-    stopped_B: jax.Array  # bool, ended by a stop token or string (not by a limit)
-    recorded: Recorded = Recorded()  # [B, N, ...], what was asked for; of no meaning past the count
+    routed_LBSK: jax.Array | None = None  # int16: experts that read the token at each position, where recorded
 
 
 @dataclass(frozen=True)
@@ -52,9 +41,11 @@ class SamplerDef:
 
     model: ModelDef
     mesh: jax.sharding.Mesh
-    slots: int  # S: positions of the cache
-    turn_tokens: int  # N: tokens of one turn, at most
+    positions: int  # S: positions of a slot's cache
+    turn_tokens: int  # tokens of one turn, at most
+    segment: int = 32  # N: tokens that one call of `decode` writes in a slot, at most
     temperature: float = 1.0
+    cuts: Cuts = NO_CUTS
     greedy: bool = False
     record_experts: bool = False
     records: Records = NO_RECORDS  # what is kept of the distribution that each token was drawn from
@@ -71,170 +62,117 @@ def record_shapes(sampler: SamplerDef, *before: int) -> Recorded:
     return Recorded(shape(records.top_k, "int32"), shape(records.top_k, "float32"), hidden)
 
 
-def record(
-    records: Records, logits_BV: jax.Array, hidden_BD: jax.Array, token_B: jax.Array, logp_B: jax.Array
-) -> Recorded:
-    """Keep what is asked for of the distributions that tokens were drawn from with their log-probabilities."""
-    hidden = hidden_BD if records.hidden else None
-    if not records.top_k:
-        return Recorded(hidden=hidden)
-    top_BK, id_BK = jax.lax.top_k(logits_BV, records.top_k)
-    drawn_B1 = jnp.take_along_axis(logits_BV, token_B[:, None], axis=-1)
-    return Recorded(id_BK, (top_BK - drawn_B1) + logp_B[:, None], hidden)
-
-
-def sample(logits_BV: jax.Array, uniform_B: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Draw a token of each row by inverting its CDF, first over blocks of the vocabulary, then inside one.
-
-    Two short cumulative sums replace a Gumbel of the vocabulary's size: on CPU about twenty times cheaper.
-
-    Returns:
-        Token ids int32 `[B]`, and their log-probabilities float32 `[B]`.
-    """
-    B, V = logits_BV.shape
-    top_B = jnp.max(logits_BV, axis=-1)
-    weight_BV = jnp.exp(logits_BV - top_B[:, None])
-    weight_BKC = jnp.pad(weight_BV, ((0, 0), (0, -V % BLOCK))).reshape(B, -1, BLOCK)
-    mass_BK = jnp.sum(weight_BKC, axis=-1)
-    block_B, rest_B, total_B = _invert(mass_BK, uniform_B * jnp.sum(mass_BK, axis=-1))
-    inside_BC = jnp.take_along_axis(weight_BKC, block_B[:, None, None], axis=1)[:, 0]
-    offset_B, _, _ = _invert(inside_BC, rest_B)
-    token_B = block_B * BLOCK + offset_B
-    chosen_B = jnp.take_along_axis(logits_BV, token_B[:, None], axis=-1)[:, 0]
-    return token_B, chosen_B - top_B - jnp.log(total_B)
-
-
-def _invert(mass_BK: jax.Array, target_B: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """First index whose running mass exceeds the target, the target left inside it, and the whole mass.
-
-    Rounding may leave the target above the whole mass: the last index that has any mass is taken then. What is left
-    of the target is never below 0, which would find an index without mass.
-    """
-    running_BK = jnp.cumsum(mass_BK, axis=-1)
-    index_K = jnp.arange(mass_BK.shape[1], dtype=jnp.int32)
-    last_B = jnp.max(jnp.where(mass_BK > 0, index_K[None, :], 0), axis=-1)
-    index_B = jnp.minimum(jnp.sum(running_BK <= target_B[:, None], axis=-1, dtype=jnp.int32), last_B)
-    before_B = jnp.take_along_axis(running_BK - mass_BK, index_B[:, None], axis=1)[:, 0]
-    return index_B, jnp.maximum(target_B - before_B, 0.0), running_BK[:, -1]
-
-
-def greedy_choice(logits_BV: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """The most likely token of each row and its log-probability."""
-    token_B = jnp.argmax(logits_BV, axis=-1).astype(jnp.int32)
-    logp_BV = jax.nn.log_softmax(logits_BV, axis=-1)
-    return token_B, jnp.take_along_axis(logp_BV, token_B[:, None], axis=-1)[:, 0]
-
-
-@partial(jax.jit, static_argnames=("sampler", "group_size"))
-def prefill(params: Params, token_PT: jax.Array, length_P: jax.Array, *, sampler: SamplerDef, group_size: int) -> Slots:
-    """Read each prompt once and give its keys and values to the `group_size` rows that share it."""
-    position_PT = jnp.broadcast_to(jnp.arange(token_PT.shape[1], dtype=jnp.int32), token_PT.shape)
-    hidden_PTD, new, routing = hidden_states(sampler.model, params, token_PT, position_PT)
-    last_PD = jnp.take_along_axis(hidden_PTD, (length_P - 1)[:, None, None], axis=1)[:, 0]
-    room = sampler.slots - token_PT.shape[1]
-
-    def to_rows(x_LPT: jax.Array, axes: tuple[str | None, ...] = CACHE, fill: int = 0) -> jax.Array:
-        widths = ((0, 0), (0, 0), (0, room), *((0, 0),) * (x_LPT.ndim - 3))
-        x = jnp.repeat(jnp.pad(x_LPT, widths, constant_values=fill), group_size, axis=1)
-        return jax.lax.with_sharding_constraint(x, sharding(sampler.mesh, axes))
-
+@partial(jax.jit, static_argnames=("sampler", "count"))
+def empty(params: Params, *, sampler: SamplerDef, count: int) -> Slots:
+    """Make `count` slots that hold nothing."""
+    S, model = sampler.positions, sampler.model
+    token_B1 = jnp.zeros((count, 1), jnp.int32)
+    read = jax.eval_shape(lambda p: hidden_states(model, p, token_B1, token_B1), params)
+    keys, values = (jnp.zeros((*x.shape[:2], S, *x.shape[3:]), x.dtype) for x in read.key_value)
     routed = None
     if sampler.record_experts:
-        assert routing is not None, "there are no experts to record"
-        real_PT = position_PT < length_P[:, None]
-        routed_LPTK = jnp.where(real_PT[None, :, :, None], routing.expert_NK, -1).astype(jnp.int16)
-        routed = to_rows(routed_LPTK, ROUTED, -1)
-    return Slots(
-        KeyValue(*map(to_rows, new)), jnp.repeat(last_PD, group_size, axis=0), jnp.repeat(length_P, group_size), routed
-    )
+        assert read.routing is not None, "there are no experts to record"
+        L, _, _, K = read.routing.expert_NK.shape
+        routed = jnp.full((L, count, S, K), -1, jnp.int16)
+    hidden_BD = jnp.zeros((count, model.spec.width), read.hidden_BTD.dtype)
+    return pin(Slots(KeyValue(keys, values), hidden_BD, hidden_BD, jnp.zeros(count, jnp.int32), routed), sampler)
 
 
-def append(slots: Slots, read: Hidden, count_B: jax.Array) -> Slots:
-    """Write the first `count` of each row's new tokens behind its length."""
-    hidden_BTD, new, routing = read
-    B, T = hidden_BTD.shape[:2]
-    step_T = jnp.arange(T, dtype=jnp.int32)
-    end = slots.cache.k.shape[2]
+def pin(slots: Slots, sampler: SamplerDef) -> Slots:
+    """Slots over devices as rows are, heads over `tensor`; always the same, so that nothing is compiled again."""
+
+    def place(x: jax.Array, axes: tuple[str | None, ...]) -> jax.Array:
+        return jax.lax.with_sharding_constraint(x, sharding(sampler.mesh, axes))
+
+    cache = KeyValue(*(place(x, CACHE) for x in slots.cache))
+    routed = None if slots.routed_LBSK is None else place(slots.routed_LBSK, ROUTED)
+    hidden_BD, prompt_BD = (place(x, ("rows", None)) for x in (slots.hidden_BD, slots.prompt_BD))
+    return Slots(cache, hidden_BD, prompt_BD, place(slots.length_B, ("rows",)), routed)
+
+
+def append(slots: Slots, read: Hidden, count_R: jax.Array, slot_R: jax.Array) -> Slots:
+    """Write the first `count` of each row's new tokens behind the length of its slot."""
+    hidden_RTD, new, routing = read
+    B, step_T = slots.length_B.shape[0], jnp.arange(hidden_RTD.shape[1], dtype=jnp.int32)
+    length_R = slots.length_B.at[slot_R].get(mode="fill", fill_value=0)
     # Positions past the count point outside the cache, where a scatter drops them.
-    slot_BT = jnp.where(step_T[None, :] < count_B[:, None], slots.length_B[:, None] + step_T[None, :], end)
-    row_B1 = jnp.arange(B)[:, None]
+    end = slots.cache.k.shape[2]
+    place_RT = jnp.where(step_T[None, :] < count_R[:, None], length_R[:, None] + step_T[None, :], end)
+    row_R1 = slot_R[:, None]
     cache = KeyValue(
-        slots.cache.k.at[:, row_B1, slot_BT].set(new.k, mode="drop"),
-        slots.cache.v.at[:, row_B1, slot_BT].set(new.v, mode="drop"),
+        slots.cache.k.at[:, row_R1, place_RT].set(new.k, mode="drop"),
+        slots.cache.v.at[:, row_R1, place_RT].set(new.v, mode="drop"),
     )
     routed = slots.routed_LBSK
     if routed is not None:
         assert routing is not None
-        routed = routed.at[:, row_B1, slot_BT].set(routing.expert_NK.astype(jnp.int16), mode="drop")
-    last_BD = jnp.take_along_axis(hidden_BTD, jnp.maximum(count_B - 1, 0)[:, None, None], axis=1)[:, 0]
-    hidden_BD = jnp.where((count_B > 0)[:, None], last_BD, slots.hidden_BD)
-    return Slots(cache, hidden_BD, slots.length_B + count_B, routed)
+        routed = routed.at[:, row_R1, place_RT].set(routing.expert_NK.astype(jnp.int16), mode="drop")
+    last_RD = jnp.take_along_axis(hidden_RTD, jnp.maximum(count_R - 1, 0)[:, None, None], axis=1)[:, 0]
+    hidden_BD = slots.hidden_BD.at[jnp.where(count_R > 0, slot_R, B)].set(last_RD, mode="drop")
+    return Slots(cache, hidden_BD, slots.prompt_BD, slots.length_B.at[slot_R].add(count_R, mode="drop"), routed)
+
+
+def _remember(slots: Slots, count_R: jax.Array, slot_R: jax.Array) -> Slots:
+    """Keep the hidden states that have just been written as those of prompts."""
+    B = slots.length_B.shape[0]
+    at_R = jnp.where(count_R > 0, slot_R, B)
+    ended_RD = slots.hidden_BD.at[at_R].get(mode="fill", fill_value=0)
+    return slots._replace(prompt_BD=slots.prompt_BD.at[at_R].set(ended_RD, mode="drop"))
 
 
 @partial(jax.jit, static_argnames=("sampler",), donate_argnames=("slots",))
-def extend(params: Params, slots: Slots, token_BT: jax.Array, count_B: jax.Array, *, sampler: SamplerDef) -> Slots:
-    """Append given tokens (an observation) to live rows; rows with a count of 0 stay as they are."""
-    position_BT = slots.length_B[:, None] + jnp.arange(token_BT.shape[1], dtype=jnp.int32)[None, :]
-    return append(slots, hidden_states(sampler.model, params, token_BT, position_BT, slots.cache), count_B)
+def prefill(
+    params: Params, slots: Slots, token_RT: jax.Array, count_R: jax.Array, slot_R: jax.Array, *, sampler: SamplerDef
+) -> Slots:
+    """Begin new rows in the slots `slot_R` with the first `count` of their tokens; a count of 0 leaves a slot alone.
+
+    Rows that fill a batch up have the slot B, which is none.
+    """
+    at_R = jnp.where(count_R > 0, slot_R, slots.length_B.shape[0])
+    slots = slots._replace(length_B=slots.length_B.at[at_R].set(0, mode="drop"))
+    read = hidden_states(sampler.model, params, token_RT, positions(token_RT))
+    return pin(_remember(append(slots, read, count_R, slot_R), count_R, slot_R), sampler)
 
 
-@partial(jax.jit, static_argnames=("sampler",), donate_argnames=("slots",))
-def decode(
+@partial(jax.jit, static_argnames=("sampler", "whole", "prompt"), donate_argnames=("slots",))
+def extend(
     params: Params,
     slots: Slots,
-    active_B: jax.Array,
-    episode_B: jax.Array,
-    key: jax.Array,
-    stop_SV: jax.Array,
+    token_RT: jax.Array,
+    count_R: jax.Array,
+    slot_R: jax.Array,
     *,
     sampler: SamplerDef,
-) -> tuple[Slots, Turn]:
-    """Write one turn in every active row, until a stop token or string, the turn's limit or the end of the cache."""
-    B, N = active_B.shape[0], sampler.turn_tokens
-    head = head_VD(params).astype(sampler.model.dtype)
-    key_B = jax.vmap(lambda e: jax.random.fold_in(key, e))(episode_B)
-    stopped_state = stop_SV.shape[0] - 1
+    whole: bool = False,
+    prompt: bool = False,
+) -> Slots:
+    """Append given tokens to the rows in the slots `slot_R`: an observation, or more of a prompt.
 
-    def step(carry: tuple) -> tuple:
-        n, live_B, state_B, slots, turn = carry
-        logits_BV = logits(sampler.model, head, slots.hidden_BD) / sampler.temperature
-        uniform_B = jax.vmap(lambda k, t: jax.random.uniform(jax.random.fold_in(k, t)))(key_B, slots.length_B)
-        token_B, logp_B = greedy_choice(logits_BV) if sampler.greedy else sample(logits_BV, uniform_B)
-        new = record(sampler.records, logits_BV, slots.hidden_BD, token_B, logp_B)
-        read = hidden_states(sampler.model, params, token_B[:, None], slots.length_B[:, None], slots.cache)
-        slots = append(slots, read, live_B.astype(jnp.int32))
-        state_B = jnp.where(live_B, stop_SV[state_B, token_B], state_B)
-        turn = Turn(
-            turn.token_BN.at[:, n].set(jnp.where(live_B, token_B, 0)),
-            turn.logp_BN.at[:, n].set(jnp.where(live_B, logp_B, 0.0)),
-            turn.count_B + live_B.astype(jnp.int32),
-            turn.stopped_B | (live_B & (state_B == stopped_state)),
-            jax.tree.map(lambda kept, new: kept.at[:, n].set(new), turn.recorded, new),
-        )
-        live_B = live_B & (state_B != stopped_state) & (slots.length_B < sampler.slots)
-        return n + 1, live_B, state_B, slots, turn
+    `whole` says that `slot_R` is every slot in order, so that their cache is read where it is, and not copied.
+    """
+    length_R = slots.length_B.at[slot_R].get(mode="fill", fill_value=0)
+    position_RT = length_R[:, None] + jnp.arange(token_RT.shape[1], dtype=jnp.int32)[None, :]
+    past = slots.cache if whole else KeyValue(*(jnp.take(x, slot_R, axis=1, mode="clip") for x in slots.cache))
+    slots = append(slots, hidden_states(sampler.model, params, token_RT, position_RT, past), count_R, slot_R)
+    return pin(_remember(slots, count_R, slot_R) if prompt else slots, sampler)
 
-    def room(kept: jax.ShapeDtypeStruct) -> jax.Array:
-        return jax.lax.with_sharding_constraint(jnp.zeros(kept.shape, kept.dtype), sharding(sampler.mesh, ("rows",)))
 
-    turn = Turn(
-        jnp.zeros((B, N), jnp.int32),
-        jnp.zeros((B, N), jnp.float32),
-        jnp.zeros(B, jnp.int32),
-        jnp.zeros(B, bool),
-        jax.tree.map(room, record_shapes(sampler, B, N)),
+@partial(jax.jit, static_argnames=("sampler",), donate_argnames=("slots",))
+def share(slots: Slots, source_R: jax.Array, target_R: jax.Array, length_R: jax.Array, *, sampler: SamplerDef) -> Slots:
+    """Begin new rows in the slots `target_R` with the prompts, `length` long, that the slots `source_R` began with.
+
+    A slot may be its own source: its row then goes back to the end of the prompt.
+    """
+
+    def copied(x: jax.Array, axis: int) -> jax.Array:
+        taken = jnp.take(x, source_R, axis=axis, mode="clip")
+        return x.at[(slice(None),) * axis + (target_R,)].set(taken, mode="drop")
+
+    cache = KeyValue(*(copied(x, 1) for x in slots.cache))
+    routed = None if slots.routed_LBSK is None else copied(slots.routed_LBSK, 1)
+    prompt_BD = copied(slots.prompt_BD, 0)
+    last_RD = prompt_BD.at[target_R].get(mode="fill", fill_value=0)
+    hidden_BD = slots.hidden_BD.at[target_R].set(last_RD, mode="drop")
+    return pin(
+        Slots(cache, hidden_BD, prompt_BD, slots.length_B.at[target_R].set(length_R, mode="drop"), routed), sampler
     )
-    live_B = active_B & (slots.length_B < sampler.slots)
-    carry = (jnp.int32(0), live_B, jnp.full(B, START, jnp.int32), slots, turn)
-    *_, slots, turn = jax.lax.while_loop(lambda c: (c[0] < N) & jnp.any(c[1]), step, carry)
-    return slots, turn
-
-
-def pad_tokens(rows: Sequence[Sequence[int]], multiple: int, limit: int) -> tuple[np.ndarray, np.ndarray]:
-    """Stack ragged rows into `[B, T]`, T the longest rounded up to a multiple but not over the limit."""
-    longest = max(max(map(len, rows), default=1), 1)
-    width = min(-(-longest // multiple) * multiple, max(limit, longest))
-    token_BT = np.zeros((len(rows), width), np.int32)
-    for row, ids in zip(token_BT, rows, strict=True):
-        row[: len(ids)] = ids
-    return token_BT, np.array([len(ids) for ids in rows], np.int32)

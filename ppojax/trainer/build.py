@@ -19,6 +19,7 @@ from ppojax.models.lora import split
 from ppojax.models.pretrained import Loaded, load_model
 from ppojax.models.tokenizer import Tokenizer
 from ppojax.rollout.collect import Collector
+from ppojax.rollout.draw import Cuts
 from ppojax.rollout.sampler import SamplerDef
 from ppojax.rollout.stop import stop_table
 from ppojax.runtime.allocator import keep_freed_memory
@@ -133,20 +134,31 @@ def make_collector(config: Config, model: ModelDef, tokenizer: Tokenizer, mesh: 
     """Set up the sampler and the episodes."""
     rollout = config.rollout
     # One position stays free for the value of the state after a row's last token.
-    slots = rollout.max_tokens - 1
     sampler = SamplerDef(
         replace(model, remat="none"),
         mesh,
-        slots,
+        rollout.max_tokens - 1,
         rollout.max_turn_tokens,
+        rollout.segment,
         rollout.temperature,
+        Cuts(rollout.top_k, rollout.top_p, rollout.min_p),
         record_experts=rollout.record_experts and model.spec.moe is not None,
         records=config.loss.records,
     )
     table = stop_table(tokenizer.token_bytes(), config.env.stop, tokenizer.eos_ids)
     unused = np.repeat(np.arange(len(table), dtype=np.int32)[:, None], model.spec.vocab - table.shape[1], axis=1)
     stop_SV = jax.device_put(np.concatenate([table, unused], axis=1), replicated(mesh))
-    return Collector(config.env, tokenizer, sampler, stop_SV, rollout.group_size, rollout.prompt_bucket)
+    return Collector(
+        config.env,
+        tokenizer,
+        sampler,
+        stop_SV,
+        rollout.group_size,
+        rollout.prompt_bucket,
+        rollout.rows if rollout.slots is None else rollout.slots,
+        rollout.workers,
+        rollout.env_timeout_s,
+    )
 
 
 def unrecorded(collector: Collector) -> Collector:

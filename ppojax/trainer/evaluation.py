@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 
 import jax
@@ -39,20 +39,11 @@ def pass_at_k(correct: Sequence[int], samples: int, k: int) -> float:
     return 1.0 - sum(missed) / len(missed)
 
 
-def _play(collector: Collector, params: Params, tasks: Sequence[Task], prompts: int, key: jax.Array) -> Iterator[Row]:
-    """Play every task, `prompts` at a time; the last batch is filled up with tasks whose rows are dropped."""
-    for start in range(0, len(tasks), prompts):
-        part = list(tasks[start : start + prompts])
-        filled = part + [part[0]] * (prompts - len(part))
-        rows = collector(params, filled, jax.random.fold_in(key, start)).rows
-        yield from rows[: len(part) * collector.group_size]
-
-
 def evaluate_greedy(
-    collector: Collector, params: Params, tasks: Sequence[Task], rows: int, key: jax.Array
-) -> tuple[dict[str, float], list[Row]]:
-    """Success of the most likely answer, with its interval, and the mean reward; `rows` tasks at a time."""
-    played = list(_play(greedy(collector), params, tasks, rows, key))
+    collector: Collector, params: Params, tasks: Sequence[Task], key: jax.Array
+) -> tuple[dict[str, float], Sequence[Row]]:
+    """Success of the most likely answer, with its interval, and the mean reward."""
+    played = greedy(collector)(params, tasks, key).rows
     successes = sum(bool(row.info.get("success", False)) for row in played)
     low, high = wilson(successes, len(played))
     metrics = {
@@ -66,11 +57,11 @@ def evaluate_greedy(
 
 
 def evaluate_samples(
-    collector: Collector, params: Params, tasks: Sequence[Task], rows: int, key: jax.Array, samples: int
+    collector: Collector, params: Params, tasks: Sequence[Task], key: jax.Array, samples: int
 ) -> dict[str, float]:
     """pass@k for k = 1, 2, 4, ... up to `samples` draws a task, at the sampling temperature."""
     many = replace(unrecorded(collector), group_size=samples)
-    played = list(_play(many, params, tasks, max(rows // samples, 1), key))
+    played = many(params, tasks, key).rows
     success = np.array([bool(row.info.get("success", False)) for row in played]).reshape(-1, samples)
     correct = [int(c) for c in success.sum(1)]
     powers = [2**i for i in range(samples.bit_length()) if 2**i <= samples]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 
 from ppojax.config import Config
@@ -32,9 +31,8 @@ def evaluate_run(
     trainer = restored(config, run, checkpoint)
     collector, params = trainer.parts.collector, trainer.policy()
     key = purpose_key(seed, OUTSIDE, EVALUATE)
-    metrics, _ = evaluate_greedy(collector, params, tasks, config.rollout.rows, key)
-    rows = _rows(config, samples)
-    return trainer.number, metrics | evaluate_samples(collector, params, tasks, rows, key, samples)
+    metrics, _ = evaluate_greedy(collector, params, tasks, key)
+    return trainer.number, metrics | evaluate_samples(collector, params, tasks, key, samples)
 
 
 def restored(config: Config, run: RunDir, checkpoint: int | None, asked_by: str = "checkpoint") -> Trainer:
@@ -63,9 +61,3 @@ def _check_there(run: RunDir, latest: int | None, wanted: int | None, asked_by: 
         raise DataError(
             f"{asked_by}={wanted}: {run.checkpoints} has none of that step; the newest is {latest}, {asked_by}=latest"
         )
-
-
-def _rows(config: Config, samples: int) -> int:
-    """Rows to play at a time: about as many as a training step does, whole tasks, even over the devices."""
-    unit = math.lcm(samples, config.mesh.row_shards)
-    return max(config.rollout.rows // unit, 1) * unit

@@ -15,7 +15,7 @@ from ppojax.mesh import MeshConfig, shard_rows
 from ppojax.models.activation import gated
 from ppojax.models.attention import Packing, Scores, attend, masks
 from ppojax.models.forward import ModelDef, hidden_states, param_shardings, positions
-from ppojax.rollout.sampler import SamplerDef, extend, prefill
+from ppojax.rollout.sampler import SamplerDef, empty, extend, prefill
 
 TOKEN_BT = jnp.asarray(np.random.default_rng(0).integers(1, 32, (4, 12)), jnp.int32)
 hidden = jax.jit(hidden_states, static_argnames=("model", "packing"))
@@ -58,14 +58,15 @@ def test_masks_say_what_they_should(slots: int, window: int | None) -> None:
 def test_prefill_extend_and_decode_are_the_whole_forward(name: str) -> None:
     """Rows of several lengths; the cache outgrows every window."""
     p, want_BTD, rows = drawn(SPECS[name]), whole(name), np.arange(4)
-    sampler = SamplerDef(model_of(name), MeshConfig().build(), slots=14, turn_tokens=1)
+    sampler = SamplerDef(model_of(name), MeshConfig().build(), positions=14, turn_tokens=1)
     length = np.array([3, 6, 2, 5])
-    slots = prefill(p, TOKEN_BT[:, :6], jnp.asarray(length, jnp.int32), sampler=sampler, group_size=1)
+    every, slots = jnp.arange(4, dtype=jnp.int32), empty(p, sampler=sampler, count=4)
+    slots = prefill(p, slots, TOKEN_BT[:, :6], jnp.asarray(length, jnp.int32), every, sampler=sampler)
     same(slots.hidden_BD, want_BTD[rows, length - 1])
     for count in ([4, 0, 3, 2], [1, 1, 1, 1], [1, 1, 1, 1]):
         place = np.minimum(length[:, None] + np.arange(max(count))[None], 11)
         new_BT = jnp.take_along_axis(TOKEN_BT, jnp.asarray(place, jnp.int32), axis=1)
-        slots = extend(p, slots, new_BT, jnp.asarray(count, jnp.int32), sampler=sampler)
+        slots = extend(p, slots, new_BT, jnp.asarray(count, jnp.int32), every, sampler=sampler, whole=True)
         length = length + count
         same(slots.hidden_BD, want_BTD[rows, length - 1])
         np.testing.assert_array_equal(slots.length_B, length)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import jax
 import numpy as np
@@ -15,9 +17,11 @@ from ppojax.experience.pack import pack
 from ppojax.experience.summary import rollout_metrics
 from ppojax.models.forward import Params
 from ppojax.rollout import collect
-from ppojax.rollout.collect import Collector, Episode
-from ppojax.rollout.sampler import Turn
-from ppojax.types import Ending, Records, Rollout, Row
+from ppojax.rollout.collect import Collector
+from ppojax.rollout.decode import Turns
+from ppojax.rollout.episode import Episode
+from ppojax.rollout.sampler import Slots
+from ppojax.types import Ending, Recorded, Records, Rollout, Row
 from tiny_model import TOKENIZER, Scripted, ScriptedEnv, bits, collector_of, random_policy, scripted_task, speaker
 
 KEY = jax.random.key(0)
@@ -28,24 +32,46 @@ TASKS = [
 ]
 
 
-def collected(collector: Collector, policy: Params, tasks: Sequence[Task]) -> tuple[Rollout, list[Turn]]:
-    """Play, and keep what the sampler gave, turn by turn."""
-    turns: list[Turn] = []
+class Said(NamedTuple):
+    """A turn as the sampler gave it."""
 
-    def recording(*args: object, **settings: object) -> object:
-        slots, turn = decode(*args, **settings)
-        turns.append(jax.device_get(turn))
-        return slots, turn
+    token: list[int]
+    logp: list[float]
+    recorded: Recorded
+
+
+def collected(collector: Collector, policy: Params, tasks: Sequence[Task]) -> tuple[Rollout, dict[int, list[Said]]]:
+    """Play, and keep what the sampler gave, turn by turn of each episode."""
+    said: dict[int, list[Said]] = defaultdict(list)
+    open_turns: set[int] = set()
+
+    def recording(params: Params, slots: Slots, turns: Turns, *args: object, **settings: object) -> object:
+        slots, segment = decode(params, slots, turns, *args, **settings)
+        got = jax.device_get(segment)
+        for b in np.flatnonzero(turns.live_B):
+            e, n = int(turns.episode_B[b]), int(got.count_B[b])
+            piece = Said(
+                got.token_BN[b, :n].tolist(),
+                got.logp_BN[b, :n].tolist(),
+                jax.tree.map(lambda x, b=b, n=n: x[b, :n], got.recorded),
+            )
+            if e in open_turns:
+                last = said[e].pop()
+                joined = jax.tree.map(lambda x, y: np.concatenate([x, y]), last.recorded, piece.recorded)
+                piece = Said(last.token + piece.token, last.logp + piece.logp, joined)
+            said[e].append(piece)
+            (open_turns.add if got.live_B[b] else open_turns.discard)(e)
+        return slots, segment
 
     decode = collect.decode
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(collect, "decode", recording)
-        return collector(policy, tasks, KEY), turns
+        return collector(policy, tasks, KEY), said
 
 
 def test_tokens_in_tokens_out() -> None:
     """A row is its prompt, then sampled tokens exactly as they were sampled and the template's suffixes."""
-    collector = collector_of(group_size=2)
+    collector = collector_of(group_size=2, segment=4)
     rollout, turns = collected(collector, random_policy(), TASKS)
     respelled = 0
     for b, row in enumerate(rollout.rows):
@@ -54,12 +80,12 @@ def test_tokens_in_tokens_out() -> None:
         mask, logp, reward = ([0] * len(token) for _ in range(3))
         script = task.data["turns"]
         for n, (observation, earned) in enumerate(script):
-            count = int(turns[n].count_B[b])
-            ids = turns[n].token_BN[b, :count].tolist()
+            ids = turns[b][n].token
+            count = len(ids)
             respelled += TOKENIZER.encode(TOKENIZER.decode(ids)) != ids
             token += ids
             mask += [1] * count
-            logp += turns[n].logp_BN[b, :count].tolist()
+            logp += turns[b][n].logp
             reward += [0] * (count - 1) + [earned]
             if n + 1 < len(script):
                 suffix = TOKENIZER.suffix(
@@ -108,29 +134,29 @@ def test_how_rows_end() -> None:
 
 
 @pytest.mark.parametrize(
-    ("slots", "length", "ending", "reward"),
+    ("positions", "length", "ending", "reward"),
     [(64, 19, Ending.TERMINATED, 0.75), (17, 17, Ending.TERMINATED, 0.75), (16, 8, Ending.TRUNCATED, 0.5)],
 )
-def test_no_room_for_a_turn_truncates(slots: int, length: int, ending: Ending, reward: float) -> None:
-    """Prompt 5, turn 3, observation 8: 17 slots leave one for the next turn, 16 leave none.
+def test_no_room_for_a_turn_truncates(positions: int, length: int, ending: Ending, reward: float) -> None:
+    """Prompt 5, turn 3, observation 8: 17 positions leave one for the next turn, 16 leave none.
 
     What cannot be answered is not written, and what was earned before is kept.
     """
     task = scripted_task("11", ("abcde", 0.5), ("done", 0.25))
-    row = collected(collector_of(group_size=1, slots=slots), speaker("ab"), [task])[0].rows[0]
+    row = collected(collector_of(group_size=1, positions=positions), speaker("ab"), [task])[0].rows[0]
     assert (len(row.token), row.ending, row.reward.sum()) == (length, ending, reward)
     assert row.action[-1]
 
 
 def test_a_prompt_without_room_is_refused() -> None:
-    collector = collector_of(slots=12)
+    collector = collector_of(positions=12)
     with pytest.raises(DataError) as caught:
         collector(random_policy(), [scripted_task("0123456789", ("done", 1.0))], KEY)
     assert str(caught.value) == (
         "task 0123456789: its prompt has 13 tokens, rollout.max_tokens leaves room for 11: "
         "raise rollout.max_tokens or shorten the task"
     )
-    collector_of(slots=14)(random_policy(), [scripted_task("0123456789", ("done", 1.0))], KEY)
+    collector_of(positions=14)(random_policy(), [scripted_task("0123456789", ("done", 1.0))], KEY)
 
 
 def failing_rows() -> Rollout:
@@ -182,10 +208,10 @@ def test_records_stand_at_their_actions() -> None:
     rollout, turns = collected(collector, random_policy(), tasks)
     rows = rollout.rows
     for b, row in enumerate(rows):
-        played = [(turn, int(turn.count_B[b])) for turn in turns if turn.count_B[b]]
+        played = turns[b]
         assert len(played) > 1
         for kept, name in zip(row.recorded, ("top_id", "top_logp", "hidden"), strict=True):
-            want = np.concatenate([getattr(turn.recorded, name)[b, :n] for turn, n in played])
+            want = np.concatenate([getattr(turn.recorded, name) for turn in played])
             np.testing.assert_array_equal(kept, want)
         assert row.recorded.hidden.shape == (row.action.sum(), 32)
     packed = pack(rows, batch=3, bucket=8, actions=20, mesh=collector.sampler.mesh)

@@ -30,8 +30,8 @@ score = jax.jit(forward.score_tokens, static_argnames=("model", "layout", "tempe
 
 def sampled(spec: DecoderSpec, params: Params, *, record: bool = True, dtype: str = "float32") -> tuple[Row, ...]:
     """Two tasks, two episodes of two turns each."""
-    sampler = SamplerDef(ModelDef(spec, dtype, remat="none"), MESH, slots=64, turn_tokens=12, record_experts=record)
-    collect = Collector(Scripted(), TOKENIZER, sampler, stops(eos=()), group_size=2, bucket=8)
+    sampler = SamplerDef(ModelDef(spec, dtype, remat="none"), MESH, positions=64, turn_tokens=12, record_experts=record)
+    collect = Collector(Scripted(), TOKENIZER, sampler, stops(eos=()), group_size=2, bucket=8, slots=4)
     return collect(params, TASKS, jax.random.key(0)).rows
 
 

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ppojax.rollout.sampler import BLOCK, greedy_choice, sample
+from ppojax.rollout.draw import BLOCK, NO_CUTS, Cuts, cut, greedy_choice, sample
 
 draw = jax.jit(sample)
 
@@ -91,3 +91,32 @@ def test_greedy_is_the_argmax_and_its_probability() -> None:
     np.testing.assert_array_equal(token_B, logits_BV.argmax(1))
     want = [log_softmax(row)[t] for row, t in zip(logits_BV, np.asarray(token_B), strict=True)]
     np.testing.assert_allclose(logp_B, want, rtol=1e-6, atol=1e-6)
+
+
+def kept_by_hand(logits: np.ndarray, cuts: Cuts) -> set[int]:
+    """By sorting: top-k, then the fewest that hold top-p of what is left, then min-p."""
+    order = list(np.argsort(-logits, kind="stable"))[: cuts.top_k or None]
+    share = np.exp(logits[order].astype(np.float64) - logits.max())
+    share /= share.sum()
+    order = order[: int(np.searchsorted(np.cumsum(share), cuts.top_p)) + 1]
+    return {int(t) for t in order if np.exp(logits[t] - logits.max()) >= cuts.min_p}
+
+
+@pytest.mark.parametrize(
+    "cuts", [Cuts(top_k=5), Cuts(top_p=0.8), Cuts(min_p=0.1), Cuts(9, 0.7, 0.05), Cuts(top_k=900), Cuts(top_p=1e-6)]
+)
+def test_cuts_keep_what_sorting_keeps(cuts: Cuts) -> None:
+    logits_BV = np.random.default_rng(2).normal(0, 2, (20, 300)).astype(np.float32)
+    got_BV = np.asarray(jax.jit(cut, static_argnums=1)(jnp.asarray(logits_BV), cuts))
+    for got, logits in zip(got_BV, logits_BV, strict=True):
+        kept = set(np.flatnonzero(np.isfinite(got)).tolist())
+        assert kept == kept_by_hand(logits, cuts)
+        np.testing.assert_array_equal(got[list(kept)], logits[list(kept)])
+    token, logp = draws(got_BV[0], (np.arange(999) + 0.5) / 999)
+    assert set(token) <= kept_by_hand(logits_BV[0], cuts)
+    np.testing.assert_allclose(logp, log_softmax(got_BV[0])[token], rtol=1e-5, atol=1e-5)
+
+
+def test_without_cuts_nothing_is_computed() -> None:
+    logits_BV = jnp.zeros((2, 3))
+    assert cut(logits_BV, NO_CUTS) is logits_BV

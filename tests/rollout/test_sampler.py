@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -10,29 +11,70 @@ import numpy as np
 import pytest
 
 from ppojax.experience.pack import pack
-from ppojax.models.forward import hidden_states, logits, positions, score_tokens
-from ppojax.rollout.sampler import SamplerDef, Slots, Turn, decode, extend, pad_tokens, prefill
-from ppojax.types import Ending, Records, Row
+from ppojax.models.forward import Params, hidden_states, logits, positions, score_tokens
+from ppojax.rollout.decode import Turns, begin_turn, decode, no_turns
+from ppojax.rollout.draw import Cuts
+from ppojax.rollout.feed import feed, share_prompts
+from ppojax.rollout.sampler import SamplerDef, Slots, empty
+from ppojax.types import Ending, Recorded, Records, Row
 from tiny_model import MODEL, TOKENIZER, VOCAB, random_policy, sampler_of, speaker, stops
 
 PROMPTS = [[3, 9, 10], [3, 11, 12, 13, 14, 15, 8], [3, 20]]
 EOS = TOKENIZER.eos_ids[0]
+
+
+class Turn(NamedTuple):
+    """What a turn of each slot wrote."""
+
+    token: list[list[int]]
+    logp: list[list[float]]
+    stopped: np.ndarray
+    recorded: list[Recorded]
+
+
 score = jax.jit(score_tokens, static_argnames=("model", "temperature"))
 
 
-def start(prompts: Sequence[Sequence[int]], sampler: SamplerDef, group: int = 1, seed: int = 0) -> Slots:
-    token_PT, length_P = pad_tokens(prompts, 4, sampler.slots)
-    return prefill(random_policy(seed), token_PT, length_P, sampler=sampler, group_size=group)
+def start(prompts: Sequence[Sequence[int]], sampler: SamplerDef, group: int = 1, policy: Params | None = None) -> Slots:
+    """Slots that hold each prompt `group` times, read once."""
+    params, count = policy or random_policy(), group * len(prompts)
+    rows = {group * i: list(prompt) for i, prompt in enumerate(prompts)}
+    slots = feed(params, empty(params, sampler=sampler, count=count), rows, sampler=sampler, smallest=4, prompt=True)
+    others = {b: b - b % group for b in range(count) if b % group}
+    lengths = {b: len(rows[first]) for b, first in others.items()}
+    return share_prompts(slots, others, lengths, sampler=sampler) if others else slots
 
 
 def turn(
-    slots: Slots, sampler: SamplerDef, key: int = 0, active: Sequence[bool] | None = None, stop: jax.Array | None = None
+    slots: Slots,
+    sampler: SamplerDef,
+    *,
+    key: int = 0,
+    episodes: Sequence[int] | None = None,
+    active: Sequence[bool] | None = None,
+    stop: jax.Array | None = None,
+    policy: Params | None = None,
 ) -> tuple[Slots, Turn]:
+    """Whole turns, segment by segment."""
     B = slots.length_B.shape[0]
-    active_B = np.ones(B, bool) if active is None else np.array(active)
-    table = stops() if stop is None else stop
-    episode_B = np.arange(B, dtype=np.int32)
-    return decode(random_policy(), slots, active_B, episode_B, jax.random.key(key), table, sampler=sampler)
+    turns, table = no_turns(B), stops() if stop is None else stop
+    for b in range(B):
+        if active is None or active[b]:
+            begin_turn(turns, b, b if episodes is None else episodes[b], sampler.turn_tokens)
+    pieces = []
+    while not pieces or turns.live_B.any():
+        slots, segment = decode(policy or random_policy(), slots, turns, jax.random.key(key), table, sampler=sampler)
+        got = jax.device_get(segment)
+        pieces.append(got)
+        turns = Turns(got.live_B, turns.episode_B, got.state_B, turns.left_B - got.count_B)
+    token, logp, kept = ([[] for _ in range(B)] for _ in range(3))
+    for piece in pieces:
+        for b, n in enumerate(piece.count_B.tolist()):
+            token[b] += piece.token_BN[b, :n].tolist()
+            logp[b] += piece.logp_BN[b, :n].tolist()
+            kept[b].append(jax.tree.map(lambda x, b=b, n=n: x[b, :n], piece.recorded))
+    recorded = [jax.tree.map(lambda *x: np.concatenate(x), *parts) for parts in kept]
+    return slots, Turn(token, logp, pieces[-1].state_B == table.shape[0] - 1, recorded)
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
@@ -43,18 +85,18 @@ def test_sampled_logps_are_those_of_the_full_forward(temperature: float) -> None
     table = stops(eos=range(EOS, VOCAB, 4))
     slots, first = turn(start(PROMPTS, sampler, group=2), sampler, stop=table)
     observations = [[5, 9, 4], [], [6], [5, 9, 10, 11, 4], [], [7, 8]]
-    token_BT, count_B = pad_tokens(observations, 4, sampler.slots)
-    slots = extend(random_policy(), slots, token_BT, count_B, sampler=sampler)
+    seen = {b: ids for b, ids in enumerate(observations) if ids}
+    slots = feed(random_policy(), slots, seen, sampler=sampler, smallest=4, prompt=False)
     slots, second = turn(slots, sampler, key=1, active=[True, True, True, True, False, True], stop=table)
 
     rows = []
     for b in range(6):
         parts, logp, mask = [np.array(PROMPTS[b // 2])], [np.zeros(len(PROMPTS[b // 2]))], [0] * len(PROMPTS[b // 2])
-        for written, seen in ((first, observations[b]), (second, [])):
-            n = int(written.count_B[b])
-            parts += [np.asarray(written.token_BN[b, :n]), np.array(seen)]
-            logp += [np.asarray(written.logp_BN[b, :n]), np.zeros(len(seen))]
-            mask += [1] * n + [0] * len(seen)
+        for written, shown in ((first, observations[b]), (second, [])):
+            n = len(written.token[b])
+            parts += [np.array(written.token[b], int), np.array(shown, int)]
+            logp += [np.array(written.logp[b]), np.zeros(len(shown))]
+            mask += [1] * n + [0] * len(shown)
         token, behavior = (np.concatenate(x) for x in (parts, logp))
         assert len(token) == int(slots.length_B[b])
         rows.append(
@@ -63,7 +105,7 @@ def test_sampled_logps_are_those_of_the_full_forward(temperature: float) -> None
                 np.zeros(len(token), np.float32), b // 2, b, 0, Ending.TERMINATED,
             )
         )  # fmt: skip
-    assert len({row.action.sum() for row in rows}) > 2 and int(second.count_B[4]) == 0
+    assert len({row.action.sum() for row in rows}) > 2 and not second.token[4]
     experience = pack(rows, batch=6, bucket=8, actions=12, mesh=sampler.mesh)
     trainer_BT = score(MODEL, random_policy(), experience, temperature=temperature).logp
     # The same float32 sums in another order, over 2 blocks: a few units of 2^-23 on log-probabilities of order 5.
@@ -81,54 +123,54 @@ def test_what_is_recorded_is_the_distribution_that_was_drawn_from(temperature: f
     plain = sampler_of(temperature=temperature)
     _, got = turn(start(PROMPTS, sampler), sampler)
     _, bare = turn(start(PROMPTS, plain), plain)
-    np.testing.assert_array_equal(got.token_BN, bare.token_BN)
-    np.testing.assert_allclose(got.logp_BN, bare.logp_BN, rtol=0, atol=2e-6)  # of another program
-    assert jax.tree.leaves(bare.recorded) == []
-    kept = got.recorded
-    logp_BNV = jax.nn.log_softmax(logits(MODEL, random_policy()["head"], kept.hidden) / temperature, axis=-1)
-    written = np.arange(6) < np.asarray(got.count_B)[:, None]
-    drawn = np.take_along_axis(np.asarray(logp_BNV), np.asarray(got.token_BN)[:, :, None], 2)[..., 0]
-    np.testing.assert_allclose(got.logp_BN[written], drawn[written], rtol=0, atol=2e-6)
-    top = np.take_along_axis(np.asarray(logp_BNV), np.asarray(kept.top_id), 2)
-    np.testing.assert_allclose(kept.top_logp[written], top[written], rtol=0, atol=2e-6)
-    assert np.all(np.sort(np.asarray(logp_BNV), 2)[:, :, -5][written] <= top.min(2)[written] + 2e-6)
-    assert not np.all((np.asarray(kept.top_id) == np.asarray(got.token_BN)[:, :, None]).any(2)[written])
+    assert got.token == bare.token and jax.tree.leaves(bare.recorded) == []
+    for b, kept in enumerate(got.recorded):
+        token, logp = np.array(got.token[b]), np.array(got.logp[b])
+        np.testing.assert_allclose(logp, bare.logp[b], rtol=0, atol=2e-6)  # of another program
+        raw_NV = logits(MODEL, random_policy()["head"], jnp.asarray(kept.hidden)) / temperature
+        logp_NV = np.asarray(jax.nn.log_softmax(raw_NV, axis=-1))
+        np.testing.assert_allclose(logp, logp_NV[np.arange(len(token)), token], rtol=0, atol=2e-6)
+        np.testing.assert_allclose(kept.top_logp, np.take_along_axis(logp_NV, kept.top_id, 1), rtol=0, atol=2e-6)
+        assert np.all(np.sort(logp_NV, 1)[:, -5] <= kept.top_logp.min(1) + 2e-6)
+    drawn = [id_K in top_K for kept, ids in zip(got.recorded, got.token, strict=True)
+             for top_K, id_K in zip(kept.top_id, ids, strict=True)]  # fmt: skip
+    assert not all(drawn)
 
 
 def test_greedy_writes_the_argmax_of_the_full_forward() -> None:
     sampler = sampler_of(greedy=True)
     _, got = turn(start(PROMPTS, sampler), sampler, stop=stops(eos=()))
     for b, prompt in enumerate(PROMPTS):
-        row = np.array([[*prompt, *np.asarray(got.token_BN[b])]], np.int32)
+        row = np.array([[*prompt, *got.token[b]]], np.int32)
         hidden_BTD, *_ = hidden_states(MODEL, random_policy(), jnp.asarray(row), positions(jnp.asarray(row)))
         logits_TV = hidden_BTD[0] @ random_policy()["head"].T
         np.testing.assert_array_equal(np.asarray(logits_TV).argmax(1)[len(prompt) - 1 : -1], row[0, len(prompt) :])
 
 
-def test_a_draw_does_not_depend_on_slot_batch_or_neighbours() -> None:
-    """Every episode alone, in reverse order, and beside others gives the same tokens; logps up to rounding."""
-    sampler, policy, key = sampler_of(), random_policy(), jax.random.key(3)
+def test_a_draw_depends_on_episode_and_position_only() -> None:
+    """Episodes alone, in reverse order, beside others, and in segments of any length: the same tokens, and logps up to
+    the rounding of products of another shape."""
 
-    def play(order: Sequence[int]) -> dict[int, tuple[list[int], list[float]]]:
+    def play(order: Sequence[int], segment: int = 64) -> dict[int, tuple[list[int], list[float]]]:
+        sampler = sampler_of(segment=segment, turn_tokens=12)
         slots = start([PROMPTS[e % 3] for e in order], sampler)
-        active_B, episode_B = np.ones(len(order), bool), np.array(order, np.int32)
-        _, got = decode(policy, slots, active_B, episode_B, key, stops(), sampler=sampler)
-        return {e: (got.token_BN[b].tolist(), got.logp_BN[b].tolist()) for b, e in enumerate(order)}
+        _, got = turn(slots, sampler, key=3, episodes=order, stop=stops(eos=range(EOS, VOCAB, 16)))
+        return {e: (got.token[b], got.logp[b]) for b, e in enumerate(order)}
 
-    whole, backwards = play(range(6)), play(range(5, -1, -1))
-    alone = {e: play([e])[e] for e in range(6)}
-    for e in range(6):
-        assert whole[e][0] == backwards[e][0] == alone[e][0]
-        # A product of 1 row and of 6 rows may sum in another order.
-        np.testing.assert_allclose(whole[e][1], alone[e][1], rtol=1e-5, atol=1e-5)
-        np.testing.assert_allclose(whole[e][1], backwards[e][1], rtol=1e-5, atol=1e-5)
+    whole = play(range(6))
+    others = [play(range(5, -1, -1)), play(range(6), 1), play(range(6), 7), {e: play([e])[e] for e in range(6)}]
+    for e, (token, logp) in whole.items():
+        for other in others:
+            assert other[e][0] == token
+            np.testing.assert_allclose(other[e][1], logp, rtol=1e-5, atol=1e-5)
     assert whole[0][0] != whole[3][0]  # the same prompt, another episode
+    assert len({len(token) for token, _ in whole.values()}) > 1
 
 
-def test_another_key_or_turn_draws_anew() -> None:
+def test_another_key_draws_anew() -> None:
     sampler = sampler_of(turn_tokens=12)
-    a, b = (turn(start(PROMPTS, sampler), sampler, key=key)[1].token_BN for key in (0, 1))
-    assert not np.array_equal(a, b)
+    a, b = (turn(start(PROMPTS, sampler), sampler, key=key)[1].token for key in (0, 1))
+    assert a != b
 
 
 def test_temperature_sharpens() -> None:
@@ -136,19 +178,34 @@ def test_temperature_sharpens() -> None:
     cold, greedy = sampler_of(temperature=1e-3), sampler_of(greedy=True)
     _, drawn = turn(start(PROMPTS, cold), cold)
     _, best = turn(start(PROMPTS, greedy), greedy)
-    np.testing.assert_array_equal(drawn.token_BN, best.token_BN)
+    assert drawn.token == best.token
     # A runner-up 3.5e-3 behind in logits still has e^-3.5 of the mass.
-    assert np.asarray(drawn.logp_BN).min() > -0.1 and np.asarray(best.logp_BN).max() < -0.5
+    assert min(map(min, drawn.logp)) > -0.1 and max(map(min, best.logp)) < -0.5
+
+
+def test_cuts_are_of_the_distribution_that_is_recorded() -> None:
+    """Top-1 of three ways is the argmax, and certain; a wider cut has the mass of what stays."""
+    best = turn(start(PROMPTS, sampler_of(greedy=True)), sampler_of(greedy=True))[1].token
+    for cuts in (Cuts(top_k=1), Cuts(top_p=1e-6), Cuts(min_p=0.999)):
+        sampler = sampler_of(cuts=cuts)
+        _, got = turn(start(PROMPTS, sampler), sampler)
+        assert got.token == best and np.abs(np.concatenate(got.logp)).max() == 0
+    sampler = sampler_of(cuts=Cuts(top_k=3), records=Records(3), turn_tokens=40)
+    _, got = turn(start(PROMPTS, sampler), sampler, stop=stops(eos=()))
+    for token, logp, kept in zip(got.token, got.logp, got.recorded, strict=True):
+        place_N = (kept.top_id == np.array(token)[:, None]).argmax(1)
+        share_NK = np.exp(kept.top_logp - kept.top_logp.max(1, keepdims=True))
+        want_N = np.log(share_NK / share_NK.sum(1, keepdims=True))[np.arange(len(token)), place_N]
+        np.testing.assert_allclose(logp, want_N, rtol=0, atol=2e-6)
+        assert all(id_K in top_K for top_K, id_K in zip(kept.top_id, token, strict=True)) and len(set(place_N)) == 3
 
 
 def spoken(text: str, stop: Sequence[str], **changes: int) -> tuple[str, Turn]:
     """What a policy that would say `text` says before something stops it."""
-    sampler = sampler_of(**changes)
-    token_PT, length_P = pad_tokens([TOKENIZER.render([{"role": "user", "content": "a"}])], 4, sampler.slots)
-    slots = prefill(speaker(text), token_PT, length_P, sampler=sampler, group_size=1)
-    one_B, zero_B = np.ones(1, bool), np.zeros(1, np.int32)
-    _, got = decode(speaker(text), slots, one_B, zero_B, jax.random.key(0), stops(stop), sampler=sampler)
-    return TOKENIZER.decode(got.token_BN[0, : int(got.count_B[0])].tolist()), got
+    sampler, policy = sampler_of(**changes), speaker(text)
+    slots = start([TOKENIZER.render([{"role": "user", "content": "a"}])], sampler, policy=policy)
+    _, got = turn(slots, sampler, stop=stops(stop), policy=policy)
+    return TOKENIZER.decode(got.token[0]), got
 
 
 @pytest.mark.parametrize(
@@ -161,38 +218,31 @@ def spoken(text: str, stop: Sequence[str], **changes: int) -> tuple[str, Turn]:
         (("h",), "abcdef", False),  # beyond the limit
     ],
 )
-def test_a_stop_string_ends_a_turn(stop: tuple[str, ...], said: str, stopped: bool) -> None:
-    text, got = spoken("abcdefgh", stop)
-    assert (text, bool(got.stopped_B[0])) == (said, stopped)
+@pytest.mark.parametrize("segment", [3, 32])  # "bcd" lies across two segments of 3
+def test_a_stop_string_ends_a_turn(stop: tuple[str, ...], said: str, stopped: bool, segment: int) -> None:
+    text, got = spoken("abcdefgh", stop, segment=segment)
+    assert (text, bool(got.stopped[0])) == (said, stopped)
 
 
 def test_eos_ends_a_turn_and_is_an_action() -> None:
     text, got = spoken("ab", ())
-    assert text == "ab" and int(got.count_B[0]) == 3 and int(got.token_BN[0, 2]) == EOS and bool(got.stopped_B[0])
-    assert not np.asarray(got.token_BN[0, 3:]).any()  # nothing is written behind the end
+    assert text == "ab" and len(got.token[0]) == 3 and got.token[0][2] == EOS and bool(got.stopped[0])
 
 
 def test_the_end_of_the_cache_ends_a_turn() -> None:
-    """The prompt is <|user|> a <|im_end|> <|assistant|>: with 7 slots there is room for 3 tokens."""
-    text, got = spoken("abcdef", (), slots=7)
-    assert text == "abc" and not bool(got.stopped_B[0])
+    """The prompt is <|user|> a <|im_end|> <|assistant|>: with 7 positions there is room for 3 tokens."""
+    text, got = spoken("abcdef", (), positions=7)
+    assert text == "abc" and not bool(got.stopped[0])
 
 
-def test_rows_that_are_not_active_stay_as_they_are() -> None:
+def test_slots_that_are_not_active_stay_as_they_are() -> None:
     sampler = sampler_of()
     before = jax.device_get(start(PROMPTS, sampler))
     slots, got = turn(start(PROMPTS, sampler), sampler, active=[False, True, False])
-    assert got.count_B.tolist()[::2] == [0, 0] and int(got.count_B[1]) > 0
+    assert got.token[::2] == [[], []] and got.token[1]
     for b in (0, 2):
         assert int(slots.length_B[b]) == before.length_B[b]
         np.testing.assert_array_equal(slots.hidden_BD[b], before.hidden_BD[b])
         np.testing.assert_array_equal(slots.cache.k[:, b], before.cache.k[:, b])
-    full = start(PROMPTS, sampler)._replace(length_B=jnp.full(3, sampler.slots, jnp.int32))
-    assert turn(full, sampler)[1].count_B.tolist() == [0, 0, 0]
-
-
-def test_pad_tokens() -> None:
-    token_BT, count_B = pad_tokens([[5], [], [1, 2, 3, 4, 6]], 4, 100)
-    assert token_BT.tolist() == [[5] + [0] * 7, [0] * 8, [1, 2, 3, 4, 6, 0, 0, 0]] and count_B.tolist() == [1, 0, 5]
-    assert pad_tokens([[1, 2, 3, 4, 6]], 4, 6)[0].shape == (1, 6)  # not over the limit
-    assert pad_tokens([[]], 4, 100)[0].shape == (1, 4)
+    full = start(PROMPTS, sampler)._replace(length_B=jnp.full(3, sampler.positions, jnp.int32))
+    assert turn(full, sampler)[1].token == [[], [], []]

@@ -1,0 +1,110 @@
+"""One episode while it is played: an append-only buffer of tokens, and what the environment said of them.
+
+Token in, token out: what the policy wrote stays exactly as it was sampled; an observation is rendered as the suffix
+that follows it and is never an action.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
+from typing import Any
+
+import jax
+import numpy as np
+
+from ppojax.envs import Env, Step
+from ppojax.types import Ending, Messages, Recorded, Row
+
+
+@dataclass(eq=False)
+class Episode:
+    """One episode while it is played."""
+
+    env: Env
+    group: int
+    number: int
+    messages: Messages
+    token: list[int]
+    action: list[bool] = field(default_factory=list)
+    logp: list[float] = field(default_factory=list)
+    reward: list[float] = field(default_factory=list)
+    ending: Ending | None = None
+    clipped: bool = False  # a turn ran into its limit
+    info: dict[str, Any] = field(default_factory=dict)
+    routed: np.ndarray | None = None  # of every token, when the sampler kept its choice of experts
+    recorded: list[Recorded] = field(default_factory=lambda: [Recorded()])  # of the actions, piece by piece
+    turn: int = 0  # where the turn that is being written begins
+
+    def write(self, ids: Sequence[int], *, action: bool, logp: Sequence[float] | None = None) -> None:
+        """Append tokens to the row."""
+        self.token += ids
+        self.action += [action] * len(ids)
+        self.logp += [0.0] * len(ids) if logp is None else logp
+        self.reward += [0.0] * len(ids)
+
+    def say(self, text: str) -> dict[str, Any]:
+        """End the turn: what it says as a message, for the environment."""
+        message = {"role": "assistant", "content": text}
+        self.messages.append(message)
+        return message
+
+    def act(self, ids: list[int], logp: list[float], text: str) -> Messages:
+        """Append a turn, let the environment answer, and return its new messages (empty when it is over)."""
+        self.write(ids, action=True, logp=logp)
+        message = self.say(text)
+        try:
+            step = self.env.step(message)
+        except Exception as error:  # an environment is user code: its failure ends its own episode only
+            return self.fail(error)
+        return self.hear(step)
+
+    def hear(self, step: Step) -> Messages:
+        """Take an environment's answer; return its new messages (empty when the episode is over)."""
+        try:
+            return self._take(step)
+        except Exception as error:  # as in `act`: it may have answered anything
+            return self.fail(error)
+
+    def _take(self, step: Step) -> Messages:
+        if not math.isfinite(step.reward):
+            raise ValueError(f"reward {step.reward}")
+        self.reward[-1] += step.reward
+        self.info.update(step.info)
+        self.messages += step.messages
+        if step.terminated or step.truncated:
+            self.ending = Ending.TERMINATED if step.terminated else Ending.TRUNCATED
+            return []
+        return step.messages
+
+    def fail(self, error: BaseException) -> Messages:
+        """End the episode as an error, out of the loss and the group statistics."""
+        self.ending = Ending.ERROR
+        self.info["error"] = type(error).__name__
+        return []
+
+    def row(self) -> Row:
+        """The finished row."""
+        assert self.ending is not None
+        return Row(
+            token=np.array(self.token, np.int32),
+            action=np.array(self.action, bool),
+            logp_behavior=np.array(self.logp, np.float32),
+            reward=np.array(self.reward, np.float32),
+            group=self.group,
+            episode=self.number,
+            segment=0,
+            ending=self.ending,
+            clipped=self.clipped,
+            messages=self.messages,
+            info=self.info,
+            routed=self.routed,
+            recorded=jax.tree.map(lambda *pieces: np.concatenate(pieces), *self.recorded),
+        )
+
+    def close(self) -> None:
+        """Let the environment go; the episode is over, so that a failure here changes nothing."""
+        with suppress(Exception):
+            self.env.close()
