@@ -25,6 +25,8 @@ TINY = (
     "rollout.max_tokens=64",
     "rollout.prompt_bucket=16",
     "rollout.bucket=64",
+    # Whole batches whatever the machine is busy with: runs are compared bit by bit.
+    "rollout.workers=0",
     "critic.model.layers=1",
     "update.minibatches=2",
     "update.microbatch_rows=4",
