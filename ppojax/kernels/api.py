@@ -9,6 +9,8 @@ and the rows over the others; `reference` does not do that.
 from __future__ import annotations
 
 import jax
+import numpy as np
+from jax.core import Tracer
 
 from ppojax.kernels import reference as whole
 from ppojax.kernels import sharded, tiled
@@ -48,12 +50,13 @@ def token_stats(
     Types: `hidden_ND` and `head_VD` may be float32 or bfloat16; products are computed in float32 where the two differ.
     Logits accumulate in float32 and every statistic is float32. Differentiable in `hidden_ND` and `head_VD`, whose
     gradients come in their own dtypes, by one backward sweep for all statistics; the reference is a constant. At
-    p_v = q_v, where |p - q| has no slope, it counts as 0. A target outside the vocabulary has logp = -lse and no
-    gradient of its own.
+    p_v = q_v, where |p - q| has no slope, it counts as 0.
 
     Raises ValueError for a `temperature` or `softcap` that is not positive, shapes that disagree, a divergence that has
-    no reference, a mesh that does not divide the vocabulary, and an implementation that does not run here. One that
-    runs here but cannot take such a vocabulary gives way to `tiled`, with one warning.
+    no reference, a mesh that does not divide the vocabulary, a target or id outside the vocabulary, and an
+    implementation that does not run here. One that runs here but cannot take such a vocabulary gives way to `tiled`,
+    with one warning. Inside `jit`, where ids have no values yet, a target outside has logp = -lse and no gradient of
+    its own.
     """
     _check(hidden_ND, head_VD, target_N, reference, topk_id_NK, temperature, softcap)
     ask = Ask(entropy, kl, reverse_kl, tv)
@@ -101,3 +104,17 @@ def _check(
             )
     if topk_id_NK is not None and (topk_id_NK.ndim != 2 or topk_id_NK.shape[0] != N):
         raise ValueError(f"token_stats: topk_id {topk_id_NK.shape} does not fit N = {N}: expected [N, K]")
+    _check_ids("target", target_N, 0, V)
+    if topk_id_NK is not None:
+        _check_ids("topk_id", topk_id_NK, -1, V)
+
+
+def _check_ids(name: str, ids: jax.Array, least: int, vocabulary: int) -> None:
+    """Look at ids that have values; on many hosts nobody has them all."""
+    if isinstance(ids, Tracer) or not ids.is_fully_addressable or not ids.size:
+        return
+    id_N = np.asarray(ids)
+    lowest, highest = id_N.min(), id_N.max()
+    if lowest < least or highest >= vocabulary:
+        wrong = lowest if lowest < least else highest
+        raise ValueError(f"token_stats: {name} has {wrong}, expected ids from {least} to {vocabulary - 1}")

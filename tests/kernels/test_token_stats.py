@@ -228,10 +228,25 @@ def test_shapes_that_disagree():
         token_stats(jnp.ones((3, 16)), jnp.ones((17, 8)), jnp.zeros(3, jnp.int32))
 
 
-def test_a_target_outside_the_vocabulary():
+@pytest.mark.parametrize(
+    ("target", "ids", "text"),
+    [
+        (17, 0, "target has 17, expected ids from 0 to 16"),
+        (-1, 0, "target has -1"),
+        (3, 17, "topk_id has 17, .* -1 to"),
+    ],
+)
+def test_ids_outside_the_vocabulary(target, ids, text):
+    target_N, id_NK = jnp.asarray([0, target, 1], jnp.int32), jnp.full((3, 2), ids, jnp.int32)
+    with pytest.raises(ValueError, match=text):
+        token_stats(jnp.ones((3, 16)), jnp.ones((17, 16)), target_N, topk_id_NK=id_NK)
+
+
+def test_a_target_outside_the_vocabulary_inside_jit():
     """It is no word: logp is -lse, and its own gradient is left out."""
     hidden, head = jnp.ones((1, 2)), jnp.zeros((4, 2))
-    logp, grad = jax.value_and_grad(lambda h: token_stats(h, head, jnp.asarray([9], jnp.int32)).logp[0])(hidden)
+    run = jax.jit(jax.value_and_grad(lambda h, target: token_stats(h, head, target).logp[0]))
+    logp, grad = run(hidden, jnp.asarray([9], jnp.int32))
     np.testing.assert_allclose(logp, -np.log(4), rtol=1e-6)
     np.testing.assert_array_equal(grad, 0.0)
 
