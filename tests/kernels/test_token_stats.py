@@ -285,10 +285,11 @@ def test_memory_does_not_grow_with_rows_times_vocabulary(tv):
 def test_real_shapes_need_little_memory():
     """8192 tokens, 151,936 words: logits of policy and reference are 4.6 GiB each, and naively held more than once.
 
-    A CPU has no products of bfloat16: there XLA makes the heads float32 first, 1.2 GiB each, ahead of the tiles.
-    `benchmarks/token_stats_memory.py` compiles for a GPU, where it does not.
+    A CPU has no products of bfloat16: there XLA makes the heads float32 first, 1.2 GiB each, ahead of the tiles; with a
+    newer jax both in the forward and in the backward. `benchmarks/token_stats_memory.py` compiles for a GPU, where it
+    does not.
     """
-    shapes, upcast = (8192, 2048, 151_936), 4 * 151_936 * 2048
+    shapes, upcast = (8192, 2048, 151_936), 4 * 151_936 * 2048 * (1 if jax.__version_info__ < (0, 11) else 2)
     assert temporary_bytes(token_stats, *shapes, dtype="float32", kl=True, tv=True) < 0.6 * 2**30
     assert temporary_bytes(token_stats, *shapes, dtype="bfloat16") < upcast + 0.7 * 2**30
     assert temporary_bytes(by_definition, *shapes, dtype="float32") > 9.5 * 2**30
