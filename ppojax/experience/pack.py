@@ -13,10 +13,15 @@ from ppojax.types import Ending, Experience, Layout, Recorded, Row
 PLAIN = Layout()
 
 
+def _prefix(row: Row) -> int:
+    """Tokens before the first action; a row that failed before it had one is all prompt."""
+    return int(row.action.argmax()) if row.action.any() else len(row.token)
+
+
 def layout_of(rows: Sequence[Row], *, group: int, prompt_bucket: int) -> Layout:
     """Find out what a model call may share: the prompt, where each `group` consecutive rows start with the same one."""
     whole = len(rows) % group == 0
-    prefix = [int(row.action.argmax()) for row in rows]
+    prefix = [_prefix(row) for row in rows]
     for first in range(0, len(rows) if whole else 0, group):
         n = prefix[first]
         members = range(first, first + group)
@@ -40,7 +45,7 @@ def pack(
         mesh: where the arrays go.
         layout: what the rows share.
     """
-    prefix = [int(row.action.argmax()) for row in rows]
+    prefix = [_prefix(row) for row in rows]
     if layout.group == 1:
         T = _round_up(max(len(row.token) for row in rows) + 1, bucket)
     else:

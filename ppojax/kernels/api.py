@@ -9,6 +9,7 @@ and the rows over the others; `reference` does not do that.
 from __future__ import annotations
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
 
@@ -55,8 +56,8 @@ def token_stats(
     Raises ValueError for a `temperature` or `softcap` that is not positive, shapes that disagree, a divergence that has
     no reference, a mesh that does not divide the vocabulary, a target or id outside the vocabulary, and an
     implementation that does not run here. One that runs here but cannot take such a vocabulary gives way to `tiled`,
-    with one warning. Inside `jit`, where ids have no values yet, a target outside has logp = -lse and no gradient of
-    its own.
+    with one warning. Inside `jit`, where ids have no values yet, a target outside has logp = -lse (in `reference`:
+    anything).
     """
     _check(hidden_ND, head_VD, target_N, reference, topk_id_NK, temperature, softcap)
     ask = Ask(entropy, kl, reverse_kl, tv)
@@ -89,6 +90,12 @@ def _check(
         raise ValueError(f"token_stats: temperature is {temperature}, expected a number above 0")
     if softcap is not None and not softcap > 0:
         raise ValueError(f"token_stats: softcap is {softcap}, expected a number above 0, or None")
+    matrices = (hidden_ND, head_VD, *(reference or ()))
+    if any(x.ndim != 2 for x in matrices) or not jnp.issubdtype(target_N.dtype, jnp.integer):
+        raise ValueError(
+            f"token_stats: hidden states and heads have shapes {[x.shape for x in matrices]}, the target is "
+            f"{target_N.dtype}: expected matrices, and whole numbers"
+        )
     (N, D), V = hidden_ND.shape, head_VD.shape[0]
     if head_VD.shape[1] != D or target_N.shape != (N,):
         raise ValueError(
@@ -111,7 +118,7 @@ def _check(
 
 def _check_ids(name: str, ids: jax.Array, least: int, vocabulary: int) -> None:
     """Look at ids that have values; on many hosts nobody has them all."""
-    if isinstance(ids, Tracer) or not ids.is_fully_addressable or not ids.size:
+    if isinstance(ids, Tracer) or not ids.size or (isinstance(ids, jax.Array) and not ids.is_fully_addressable):
         return
     id_N = np.asarray(ids)
     lowest, highest = id_N.min(), id_N.max()

@@ -37,6 +37,11 @@ class Split:
         """Sum over the parts."""
         return x if self.axis is None else jax.lax.psum(x, self.axis)
 
+    def outside(self, id_N: jax.Array, width: int) -> jax.Array:
+        """Ids that are no words of any part."""
+        parts = 1 if self.axis is None else jax.lax.psum(1, self.axis)
+        return (id_N < 0) | (id_N >= width * parts)
+
     def local(self, id_N: jax.Array, width: int) -> jax.Array:
         """Places of ids in this part of `width` words; -1 where they lie in another part or are no words."""
         start = jnp.int32(0) if self.axis is None else jax.lax.axis_index(self.axis) * width
@@ -68,10 +73,12 @@ def _pick(x_nV: jax.Array, place_nK: jax.Array) -> jax.Array:
 
 
 def _log_probability(z_nV: jax.Array, id_nK: jax.Array, normal: Normal, split: Split) -> jax.Array:
-    """Log-probabilities of words by their ids, wherever they lie; -log_total where an id is no word."""
-    place_nK = split.local(id_nK, z_nV.shape[-1])
+    """Log-probabilities of words by their ids, wherever they lie; minus the log-sum-exp where an id is no word."""
+    width = z_nV.shape[-1]
+    place_nK = split.local(id_nK, width)
     shifted_nK = jnp.where(place_nK >= 0, _pick(z_nV, place_nK) - normal.max[:, None], 0.0)
-    return split.sum(shifted_nK) - normal.log_total[:, None]
+    below_nK = jnp.where(split.outside(id_nK, width), -normal.max[:, None], split.sum(shifted_nK))
+    return below_nK - normal.log_total[:, None]
 
 
 def _normalise(z_nV: jax.Array, sweeps: Sweeps, split: Split, *, entropy: bool) -> tuple[Normal, jax.Array | None]:

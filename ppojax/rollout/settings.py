@@ -42,7 +42,8 @@ class RolloutConfig(Component):
         default=8,
         ge=0,
         le=1024,
-        description="threads that step environments while others are written; 0: in order, in the sampler's own thread",
+        description="threads that step environments while others are written; their timing may change rounding; "
+        "0: in order, in the sampler's own thread, the same to the bit every time",
     )
     env_timeout_s: float | None = Field(
         default=300.0,

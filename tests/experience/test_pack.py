@@ -80,6 +80,18 @@ def test_what_is_shared() -> None:
     assert layout_of(other, group=3, prompt_bucket=4) == Layout()
 
 
+def test_a_row_that_failed_before_its_first_action_shares_its_group_s_prompt() -> None:
+    rows = random_rows(2, 3)
+    n = int(rows[3].action.argmax())
+    columns = {name: vars(rows[4])[name][:n] for name in ("token", "action", "logp_behavior", "reward")}
+    failed = Row(**{**vars(rows[4]), **columns, "ending": Ending.ERROR})
+    rows = [*rows[:4], failed, rows[5]]
+    layout = layout_of(rows, group=3, prompt_bucket=4)
+    assert layout == Layout(3, -(-max(int(row.action.argmax()) for row in rows) // 4) * 4)
+    experience = pack(rows, batch=6, bucket=8, actions=9, mesh=MESH, layout=layout)
+    assert experience.prefix_B[4] == n and not experience.valid_B[4]
+
+
 @pytest.mark.parametrize("share", [False, True])
 def test_what_follows_the_last_token_has_a_place(share: bool) -> None:
     """A row that fills its bucket exactly gets another one."""

@@ -242,13 +242,25 @@ def test_ids_outside_the_vocabulary(target, ids, text):
         token_stats(jnp.ones((3, 16)), jnp.ones((17, 16)), target_N, topk_id_NK=id_NK)
 
 
+def test_arrays_of_another_rank_or_type():
+    target = jnp.zeros(3, jnp.int32)
+    for hidden, head, ids in [
+        ((3, 4, 16), (17, 16), target),
+        ((3, 16), (17,), target),
+        ((3, 16), (17, 16), target * 1.0),
+    ]:
+        with pytest.raises(ValueError, match="expected matrices, and whole numbers"):
+            token_stats(jnp.ones(hidden), jnp.ones(head), ids)
+
+
 def test_a_target_outside_the_vocabulary_inside_jit():
     """It is no word: logp is -lse, and its own gradient is left out."""
-    hidden, head = jnp.ones((1, 2)), jnp.zeros((4, 2))
+    hidden, head = jnp.ones((1, 2)), jnp.arange(8.0).reshape(4, 2)
     run = jax.jit(jax.value_and_grad(lambda h, target: token_stats(h, head, target).logp[0]))
-    logp, grad = run(hidden, jnp.asarray([9], jnp.int32))
-    np.testing.assert_allclose(logp, -np.log(4), rtol=1e-6)
-    np.testing.assert_array_equal(grad, 0.0)
+    want = jax.value_and_grad(lambda h: -jax.nn.logsumexp(h @ head.T))(hidden)
+    for target in (9, -1):
+        for got, expected in zip(run(hidden, jnp.asarray([target], jnp.int32)), want, strict=True):
+            np.testing.assert_allclose(got, expected, rtol=1e-6)
 
 
 def test_tiles_stay_within_their_budget():
