@@ -247,7 +247,7 @@ def test_arrays_of_another_rank_or_type():
     for hidden, head, ids in [
         ((3, 4, 16), (17, 16), target),
         ((3, 16), (17,), target),
-        ((3, 16), (17, 16), target * 1.0),
+        ((3, 16), (17, 16), jnp.zeros(3)),
     ]:
         with pytest.raises(ValueError, match="expected matrices, and whole numbers"):
             token_stats(jnp.ones(hidden), jnp.ones(head), ids)
