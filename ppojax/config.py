@@ -12,7 +12,7 @@ from ppojax.advantages import GAE, AdvantageEstimator, Group
 from ppojax.component import Component
 from ppojax.envs import EnvConfig
 from ppojax.losses import DPPO, Loss
-from ppojax.mesh import MeshConfig
+from ppojax.mesh import AXES, MeshConfig
 from ppojax.models.settings import CutCritic, FreshCritic, FreshSpec, ModelConfig
 from ppojax.models.value_head import HLGaussHead
 from ppojax.rollout.settings import RolloutConfig
@@ -203,21 +203,25 @@ def _shape(config: Config, shape: FreshSpec, key: str) -> Iterator[Contradiction
             "each key/value head serves the same number of heads",
             f"kv_heads may be {_divisors(shape.heads)}",
         )
+    yield from _split(config.mesh, "mesh", shape, key)
+
+
+def _split(mesh: MeshConfig, where: str, shape: FreshSpec, key: str) -> Iterator[Contradiction]:
     split = [
-        ("fsdp", config.mesh.fsdp, shape.width, "width"),
-        ("tensor", config.mesh.tensor, shape.heads, "heads"),
-        ("tensor", config.mesh.tensor, shape.kv_heads, "kv_heads"),
-        ("tensor", config.mesh.tensor, shape.ffn, "ffn"),
+        ("fsdp", mesh.fsdp, shape.width, "width"),
+        ("tensor", mesh.tensor, shape.heads, "heads"),
+        ("tensor", mesh.tensor, shape.kv_heads, "kv_heads"),
+        ("tensor", mesh.tensor, shape.ffn, "ffn"),
     ]
     if shape.moe is not None:
-        split.append(("tensor", config.mesh.tensor, shape.moe.ffn, "moe.ffn"))
-        split.append(("expert", config.mesh.expert, shape.moe.experts, "moe.experts"))
+        split.append(("tensor", mesh.tensor, shape.moe.ffn, "moe.ffn"))
+        split.append(("expert", mesh.expert, shape.moe.experts, "moe.experts"))
     for axis, parts, size, name in split:
         if size % parts:
             yield Contradiction(
-                (f"mesh.{axis}", f"{key}.{name}"),
-                f"{name} is split over mesh.{axis} and does not divide",
-                f"mesh.{axis} may be {_divisors(size)}",
+                (f"{where}.{axis}", f"{key}.{name}"),
+                f"{name} is split over {where}.{axis} and does not divide",
+                f"{where}.{axis} may be {_divisors(size)}",
             )
 
 
@@ -267,13 +271,30 @@ def _tokens(config: Config) -> Iterator[Contradiction]:
 
 
 def _slots(config: Config) -> Iterator[Contradiction]:
-    rollout, shards = config.rollout, config.mesh.row_shards
+    rollout = config.rollout
+    where, mesh = ("mesh", config.mesh) if rollout.mesh is None else ("rollout.mesh", rollout.mesh)
+    shards, axes = mesh.row_shards, tuple(f"{where}.{axis}" for axis in ("data", "fsdp", "expert"))
     if rollout.slots is not None and rollout.slots % shards:
         yield Contradiction(
-            ("rollout.slots", "mesh.data", "mesh.fsdp", "mesh.expert"),
+            ("rollout.slots", *axes),
             f"slots are not split evenly over {shards} devices",
             f"make rollout.slots a multiple of {shards}",
         )
+    if rollout.slots is None and rollout.mesh is not None and rollout.rows % shards:
+        yield Contradiction(
+            ("rollout.prompts", "rollout.group_size", *axes),
+            f"{rollout.rows} slots, one for each episode, are not split evenly over {shards} devices",
+            f"set rollout.slots to a multiple of {shards}",
+        )
+    if mesh.size != config.mesh.size:
+        yield Contradiction(
+            tuple(f"{key}.{axis}" for key in (where, "mesh") for axis in AXES),
+            f"the sampler's mesh has {mesh.size} devices and the trainer's {config.mesh.size}, and they are to be the "
+            "same",
+            f"make the product of rollout.mesh {config.mesh.size}, or set rollout.mesh=null",
+        )
+    if rollout.mesh is not None and config.model.fresh is not None:
+        yield from _split(rollout.mesh, "rollout.mesh", config.model.fresh, "model.fresh")
     if rollout.cuts and config.loss.records != NO_RECORDS:
         yield Contradiction(
             ("rollout.top_k", "rollout.top_p", "rollout.min_p", "loss.support", "loss.compare_supports"),

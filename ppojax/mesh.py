@@ -77,7 +77,11 @@ class MeshConfig(Component):
         types = (jax.sharding.AxisType.Auto,) * len(AXES)
         return jax.make_mesh(self.shape, AXES, axis_types=types, devices=devices[: self.size])
 
-    def check_divides(self, sizes: Mapping[str, int]) -> list[str]:
+    def rearrange(self, mesh: jax.sharding.Mesh) -> jax.sharding.Mesh:
+        """Lay the devices of another mesh of this size out as this one, in the same order."""
+        return jax.sharding.Mesh(mesh.devices.reshape(self.shape), AXES, axis_types=mesh.axis_types)
+
+    def check_divides(self, sizes: Mapping[str, int], key: str = "mesh") -> list[str]:
         """Name each logical dimension that its mesh axes do not divide, with the legal sizes (empty when all do)."""
         faults = []
         for name, size in sizes.items():
@@ -87,7 +91,8 @@ class MeshConfig(Component):
                 parts *= self.axis_size(axis)
             if size % parts:
                 legal = ", ".join(str(n) for n in range(1, min(size, 64) + 1) if size % n == 0)
-                faults.append(f"mesh.{' x mesh.'.join(axes)} = {parts} does not divide {name} = {size}; legal: {legal}")
+                split = " x ".join(f"{key}.{axis}" for axis in axes)
+                faults.append(f"{split} = {parts} does not divide {name} = {size}; legal: {legal}")
         return faults
 
 

@@ -179,6 +179,38 @@ CONTRADICTIONS = [
         "prompt in its row; raise rollout.max_tokens or lower rollout.max_turn_tokens",
     ),
     (
+        (*FRESH, "model.fresh.kv_heads=2", "mesh.data=4", "rollout.mesh.tensor=4"),
+        "rollout.mesh.tensor=4 (command line), model.fresh.kv_heads=2 (command line): "
+        "kv_heads is split over rollout.mesh.tensor and does not divide; rollout.mesh.tensor may be 1, 2",
+    ),
+    (
+        (*BASE, "mesh.data=4", "rollout.mesh.tensor=2"),
+        "rollout.mesh.data=1 (default), rollout.mesh.fsdp=1 (default), rollout.mesh.expert=1 (default), "
+        "rollout.mesh.tensor=2 (command line), mesh.data=4 (command line), mesh.fsdp=1 (default), "
+        "mesh.expert=1 (default), mesh.tensor=1 (default): the sampler's mesh has 2 devices and the trainer's 4, and "
+        "they are to be the same; make the product of rollout.mesh 4, or set rollout.mesh=null",
+    ),
+    (
+        (*BASE, "rollout.slots=6", "mesh.tensor=4", "rollout.mesh.data=4"),
+        "rollout.slots=6 (command line), rollout.mesh.data=4 (command line), rollout.mesh.fsdp=1 (default), "
+        "rollout.mesh.expert=1 (default): slots are not split evenly over 4 devices; "
+        "make rollout.slots a multiple of 4",
+    ),
+    (
+        (
+            *BASE,
+            "rollout.prompts=6",
+            "rollout.group_size=1",
+            "update.minibatches=1",
+            "update.microbatch_rows=6",
+            "mesh.tensor=4",
+            "rollout.mesh.data=4",
+        ),
+        "rollout.prompts=6 (command line), rollout.group_size=1 (command line), rollout.mesh.data=4 (command line), "
+        "rollout.mesh.fsdp=1 (default), rollout.mesh.expert=1 (default): 6 slots, one for each episode, are not split "
+        "evenly over 4 devices; set rollout.slots to a multiple of 4",
+    ),
+    (
         (*BASE, "rollout.slots=3", "mesh.data=2"),
         "rollout.slots=3 (command line), mesh.data=2 (command line), mesh.fsdp=1 (default), mesh.expert=1 (default): "
         "slots are not split evenly over 2 devices; make rollout.slots a multiple of 2",

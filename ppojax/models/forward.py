@@ -67,12 +67,18 @@ def _module(model: ModelDef, key: jax.Array) -> nnx.Module:
     return Critic(model.spec, model.head, rngs, model.lora)
 
 
+def compute_type(model: ModelDef, path: tuple) -> str | None:
+    """The type in which the parameter at a path of the tree is read; None for its own."""
+    return None if path[-1].key in FLOAT32 else model.dtype
+
+
 def _bind(model: ModelDef, params: Params) -> Any:
     """Put parameters, cast to the compute type, back into their module; a value head and routers stay float32."""
     graphdef, abstract = _structure(model)
 
     def one(path: tuple, p: jax.Array) -> jax.Array:
-        return p if path[-1].key in FLOAT32 else p.astype(model.dtype)
+        dtype = compute_type(model, path)
+        return p if dtype is None else p.astype(dtype)
 
     cast = jax.tree_util.tree_map_with_path(one, params)
     state = jax.tree.map(lambda leaf: leaf, abstract)

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 from pydantic import Field
 
 from ppojax.component import Component
+from ppojax.mesh import MeshConfig
 
 
 class RolloutConfig(Component):
@@ -57,6 +60,14 @@ class RolloutConfig(Component):
         "trained (R3); costs 2 bytes a token, layer and chosen expert",
     )
     bucket: int = Field(default=64, ge=1, description="lengths of what follows a prompt, likewise")
+    dtype: Literal["float32", "bfloat16", "float16"] | None = Field(
+        default=None, description="compute type of the sampler, weights and cache; null: model.dtype"
+    )
+    mesh: MeshConfig | None = Field(
+        default=None,
+        description="the trainer's devices in another order of axes, for sampling: slots over data, fsdp and expert, "
+        "heads over tensor (fsdp=4 in training, data=4 here, gathers weights once a step); null: mesh",
+    )
 
     @property
     def rows(self) -> int:

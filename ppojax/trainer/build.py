@@ -131,11 +131,12 @@ def build_critic(config: Config, actor: Loaded, mesh: jax.sharding.Mesh) -> tupl
 
 
 def make_collector(config: Config, model: ModelDef, tokenizer: Tokenizer, mesh: jax.sharding.Mesh) -> Collector:
-    """Set up the sampler and the episodes."""
+    """Set up the sampler, on its own mesh and in its own compute type, and the episodes."""
     rollout = config.rollout
+    mesh = mesh if rollout.mesh is None else rollout.mesh.rearrange(mesh)
     # One position stays free for the value of the state after a row's last token.
     sampler = SamplerDef(
-        replace(model, remat="none"),
+        replace(model, remat="none", dtype=rollout.dtype or model.dtype, mesh=mesh),
         mesh,
         rollout.max_tokens - 1,
         rollout.max_turn_tokens,
@@ -173,7 +174,10 @@ def greedy(collector: Collector) -> Collector:
 
 
 def _check_mesh(config: Config, model: ModelDef) -> None:
-    faults = config.mesh.check_divides(model.spec.axis_sizes())
+    sizes, sampling = model.spec.axis_sizes(), config.rollout.mesh
+    faults = config.mesh.check_divides(sizes)
+    if sampling is not None and model.head is None:
+        faults += sampling.check_divides(sizes, "rollout.mesh")
     if faults:
         raise ConfigError("; ".join(faults))
 

@@ -29,7 +29,7 @@ def evaluate_run(
         DataError: there is no such checkpoint, or it is damaged.
     """
     trainer = restored(config, run, checkpoint)
-    collector, params = trainer.parts.collector, trainer.policy()
+    collector, params = trainer.parts.collector, trainer.sampler_policy()
     key = purpose_key(seed, OUTSIDE, EVALUATE)
     metrics, _ = evaluate_greedy(collector, params, tasks, key)
     return trainer.number, metrics | evaluate_samples(collector, params, tasks, key, samples)

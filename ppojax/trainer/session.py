@@ -110,7 +110,7 @@ def _evaluate(trainer: Trainer, progress: Progress) -> dict[str, float]:
     progress.phase("evaluating")
     config, parts = trainer.config, trainer.parts
     key = purpose_key(config.seed, OUTSIDE, EVALUATE)
-    metrics, _ = evaluate_greedy(parts.collector, trainer.policy(), parts.eval_tasks, key)
+    metrics, _ = evaluate_greedy(parts.collector, trainer.sampler_policy(), parts.eval_tasks, key)
     progress.note(
         f"greedy success on {len(parts.eval_tasks)} held-out tasks: {metrics['val/success']:.3f} "
         f"[{metrics['val/success_low']:.3f}, {metrics['val/success_high']:.3f}]"

@@ -24,6 +24,7 @@ from ppojax.models.forward import Heads, Params, head_VD
 from ppojax.models.lora import combine, fingerprint, merge
 from ppojax.models.pretrained import Loaded
 from ppojax.models.settings import CutCritic
+from ppojax.rollout.sync import sampler_params
 from ppojax.rollout.tasks import task_stream
 from ppojax.runtime.compiling import compile_metrics
 from ppojax.trainer.build import DROP_ACTOR, DROP_CRITIC, SAMPLE, States, build, build_critic, dropout_key, purpose_key
@@ -91,8 +92,11 @@ class Trainer:
         start = time.perf_counter()
         key = purpose_key(config.seed, self.number, SAMPLE)
 
+        played = self._sync()
         with self._timed("gen"):
-            rollout = parts.collector(self.policy(), next(self.stream), key)
+            rollout = parts.collector(played, next(self.stream), key)
+        heads = self._heads(played)
+        del played  # where it is a copy, it is not needed in the update
         group = config.rollout.group_size if config.update.shared_prefix else 1
         layout = layout_of(rollout.rows, group=group, prompt_bucket=config.rollout.prompt_bucket)
         experience = pack(
@@ -123,7 +127,7 @@ class Trainer:
                 metrics |= self._update_critic(batch, layout)
         if states.critic is None or self.number >= config.critic.warmup_steps:
             with self._timed("update_actor"):
-                metrics |= self._update_actor(batch, layout)
+                metrics |= self._update_actor(batch, layout, heads)
         self.number += 1
         metrics |= self._performance(rollout, time.perf_counter() - start) | compile_metrics()
         metrics |= self._utilisation(experience, layout)
@@ -133,6 +137,10 @@ class Trainer:
     def policy(self) -> Params:
         """The actor's parameters, all of them."""
         return combine(self.parts.actor_base, self.states.actor.params)
+
+    def sampler_policy(self) -> Params:
+        """The actor's parameters as the sampler reads them (see `sampler_params`)."""
+        return sampler_params(self.policy(), self.parts.collector.sampler.model)
 
     def merged_policy(self) -> Params:
         """The actor's parameters with its adapters folded in, float32."""
@@ -186,16 +194,25 @@ class Trainer:
             critic=None if critic is None else combine(self.parts.critic_base, critic.params),
         )
 
-    def _heads(self) -> Heads:
+    def _sync(self) -> Params:
+        """The parameters that this step is played with."""
+        policy = self.policy()
+        with self._timed("sync"):
+            played = jax.block_until_ready(sampler_params(policy, self.parts.collector.sampler.model))
+        if played is policy:
+            del self._seconds["sync"]
+        return played
+
+    def _heads(self, played: Params) -> Heads:
         """The heads of the policies that the loss compares with; the update takes the actor's own arrays over."""
-        dtype, loss = self.parts.actor.dtype, self.config.loss
+        loss, head, own = self.config.loss, head_VD(played), head_VD(self.policy())
         behavior = reference = None
         if loss.records.hidden:
-            head = head_VD(self.policy())
-            behavior = head.copy() if head.dtype == dtype else head.astype(dtype)
+            cast = head.astype(self.parts.collector.sampler.model.dtype)
+            behavior = cast.copy() if cast is own else jax.device_put(cast, own.sharding)
         if "hidden_ref" in loss.needs:
             assert self.reference is not None
-            reference = head_VD(combine(self.parts.actor_base, self.reference)).astype(dtype)
+            reference = head_VD(combine(self.parts.actor_base, self.reference)).astype(self.parts.actor.dtype)
         return Heads(behavior, reference)
 
     def _update_critic(self, batch: Batch, layout: Layout) -> dict[str, float]:
@@ -223,9 +240,8 @@ class Trainer:
         self._check_finite("critic", skipped_in_a_row(self.states.critic))
         return _average(done)
 
-    def _update_actor(self, batch: Batch, layout: Layout) -> dict[str, float]:
+    def _update_actor(self, batch: Batch, layout: Layout, heads: Heads) -> dict[str, float]:
         config, parts, done = self.config, self.parts, []
-        heads = self._heads()
         for epoch in range(config.update.epochs):
             for minibatch in minibatches(
                 batch, config.update.minibatches, (config.seed, self.number, epoch, 0), layout.group, parts.mesh

@@ -82,13 +82,14 @@ def test_a_mesh_changes_nothing() -> None:
 
 def test_the_sampler_s_head_lies_as_the_head() -> None:
     trainer = Trainer(tiny(*PLAIN, "loss.support=full", *MESH))
-    heads, embed = trainer._heads(), trainer.states.actor.params["embed"]
+    heads, embed = trainer._heads(trainer.policy()), trainer.states.actor.params["embed"]
     assert heads.behavior is not None and heads.reference is None
     assert heads.behavior.sharding.is_equivalent_to(embed.sharding, 2)
     assert heads.behavior.addressable_shards[0].data.unsafe_buffer_pointer() != (
         embed.addressable_shards[0].data.unsafe_buffer_pointer()
     )
-    assert jax.tree.leaves(Trainer(tiny(*PLAIN))._heads()) == []
+    plain = Trainer(tiny(*PLAIN))
+    assert jax.tree.leaves(plain._heads(plain.policy())) == []
 
 
 def test_more_tokens_than_there_are() -> None:

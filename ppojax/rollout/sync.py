@@ -1,0 +1,52 @@
+"""From the trainer's parameters to the sampler's: of its compute type, and lying as its mesh wants them."""
+
+from __future__ import annotations
+
+from functools import partial
+
+import jax
+
+from ppojax.models.forward import ModelDef, Params, compute_type, param_shardings
+
+Place = tuple[str, jax.sharding.NamedSharding]  # type and sharding of an array
+
+
+def sampler_params(params: Params, model: ModelDef) -> Params:
+    """Take the trainer's parameters to what the sampler, whose model this is, reads; in place where they are that.
+
+    They are cast to the compute type, which gives the same numbers as casting them in every call, unless they are kept
+    in a narrower type, and resharded to `model.mesh`, which has the devices of the trainer's mesh. Where nothing is to
+    be done, the very arrays come back.
+    """
+    assert model.mesh is not None
+    leaves, tree = jax.tree_util.tree_flatten_with_path(params)
+    places = jax.tree.leaves(param_shardings(model, model.mesh))
+    wanted: list[Place] = [
+        (_narrower(leaf, compute_type(model, path)), place) for (path, leaf), place in zip(leaves, places, strict=True)
+    ]
+    out = [leaf for _, leaf in leaves]
+    moved = [i for i, (leaf, place) in enumerate(zip(out, wanted, strict=True)) if not _lies(leaf, place)]
+    if moved:
+        new = sync([out[i] for i in moved], to=tuple(wanted[i] for i in moved))
+        for i, leaf in zip(moved, new, strict=True):
+            out[i] = leaf
+    return jax.tree.unflatten(tree, out) if moved else params
+
+
+@partial(jax.jit, static_argnames=("to",))
+def sync(leaves: list[jax.Array], *, to: tuple[Place, ...]) -> list[jax.Array]:
+    """Cast and reshard arrays, each to its place."""
+    return [
+        jax.lax.with_sharding_constraint(leaf.astype(dtype), place)
+        for leaf, (dtype, place) in zip(leaves, to, strict=True)
+    ]
+
+
+def _narrower(leaf: jax.Array, dtype: str | None) -> str:
+    kept = leaf.dtype.name
+    return kept if dtype is None or jax.numpy.dtype(dtype).itemsize > leaf.dtype.itemsize else dtype
+
+
+def _lies(leaf: jax.Array, place: Place) -> bool:
+    dtype, sharding = place
+    return leaf.dtype.name == dtype and leaf.sharding.is_equivalent_to(sharding, leaf.ndim)
