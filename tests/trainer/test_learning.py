@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -24,22 +25,31 @@ ADAPTERS = (
     "warm_start.optimizer.learning_rate=4e-3",
     "warm_start.optimizer.schedule=cosine",
     "warm_start.optimizer.decay_steps=400",
+    "critic.updates=3",
+    "steps=14",
 )
 
 
-def learn(folder: Path, *overrides: str) -> tuple[list[dict[str, Any]], dict[str, Any]]:
-    """Run the command as a user does; the rows of its steps, and the last row, which has the evaluation."""
+def learn(folder: Path, *overrides: str) -> tuple[list[dict[str, Any]], dict[str, Any], list[float]]:
+    """Run the command as a user does.
+
+    Returns:
+        The rows of its steps; the last row, which has the evaluation; the first and the last loss of the warm start.
+    """
     plain = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
     command = [sys.executable, "-m", "ppojax.train", f"config={CONFIG}", f"run.dir={folder}", *overrides]
     done = subprocess.run(command, env=plain, cwd=CONFIG.parents[1], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     rows = read_metrics(folder / "tiny" / "metrics.jsonl")
-    return [row for row in rows if "reward/mean" in row], rows[-1]
+    warm = re.search(r"warm start: \d+ supervised steps, loss ([\d.]+) -> ([\d.]+)", done.stdout + done.stderr)
+    assert warm, done.stdout
+    return [row for row in rows if "reward/mean" in row], rows[-1], [float(loss) for loss in warm.groups()]
 
 
 def test_tiny_learns_the_tool_call(tmp_path: Path) -> None:
     """From one success in three or less to over three in four; the critic explains returns before rewards settle."""
-    steps, last = learn(tmp_path)
+    steps, last, losses = learn(tmp_path)
+    assert losses[1] < 0.2 * losses[0]
     reward = np.array([row["reward/mean"] for row in steps])
     varied = [row["critic/vf_explained_var"] for row in steps[2:] if row["reward/std"] > 0.2]
     assert reward[0] < 0.35, reward
@@ -50,12 +60,13 @@ def test_tiny_learns_the_tool_call(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_tiny_learns_with_adapters_on_a_frozen_random_base(tmp_path: Path) -> None:
-    """Actor and critic, at the rate of tiny.yaml: measured .22 -> .78 and .22 -> .76 with seeds 0 and 1, greedy 1.0.
+    """Actor and critic, at the rate of tiny.yaml: measured .24 -> .91 and .26 -> .87 with seeds 0 and 1.
 
-    With 1e-3 the first update went to .72, but a run fell from .87 at step 4 to .36 at step 6.
+    The critic's explained variance goes up and down: over the last six steps .27 and .12. With a learning rate of 1e-3
+    the first update went to .72, but a run fell from .87 at step 4 to .36 at step 6.
     """
-    steps, last = learn(tmp_path, *ADAPTERS)
+    steps, last, _ = learn(tmp_path, *ADAPTERS)
     reward = np.array([row["reward/mean"] for row in steps])
     assert reward[0] < 0.4 and reward[-4:].mean() > 0.6, reward
-    assert min(row["critic/vf_explained_var"] for row in steps[2:]) > 0  # measured .03 to .14
+    assert np.mean([row["critic/vf_explained_var"] for row in steps[-6:]]) > 0.1
     assert last["val/success_low"] > 0.5, (reward, last)
