@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from itertools import groupby
 
 import jax
 import numpy as np
@@ -18,6 +19,34 @@ def _prefix(row: Row) -> int:
     return int(row.action.argmax()) if row.action.any() else len(row.token)
 
 
+def lay_out(rows: Sequence[Row], *, group: int, prompt_bucket: int, bucket: int) -> tuple[Sequence[Row | None], Layout]:
+    """Put rows in an order in which a model call may share what they begin with, and say what that is.
+
+    Where no episode was cut the order stays, and each `group` consecutive rows share their prompt, if they have the
+    same one. Where episodes have several rows, those of a prompt follow each other in groups of `group`, the last one
+    filled up with empty rows (None), and share what all of a group begin with: as long as fewer positions are read so.
+    """
+    if all(row.segment == 0 for row in rows):
+        return rows, layout_of(rows, group=group, prompt_bucket=prompt_bucket)
+    laid: list[Row | None] = []
+    for _, found in groupby(rows, key=lambda row: row.group):
+        laid += found
+        laid += [None] * (-len(laid) % group)
+    prefix = _prefixes(laid, group)
+    layout = Layout(group, _round_up(max(prefix), prompt_bucket))
+    shared = layout.prefix / group + _round_up(_rest(laid, prefix), bucket)
+    alone = _round_up(_rest(rows, [0] * len(rows)), bucket)
+    return (laid, layout) if group > 1 and len(laid) * shared < len(rows) * alone else (rows, Layout())
+
+
+def row_bucket(count: int, unit: int) -> int:
+    """The smallest of 1, 2, 3, 4, 6, 8, 12, ... times `unit` that is at least `count`: few sizes to compile for."""
+    parts, whole = -(-count // unit), 1
+    while whole < parts:
+        whole *= 2
+    return unit * (3 * whole // 4 if whole >= 4 and parts <= 3 * whole // 4 else whole)
+
+
 def layout_of(rows: Sequence[Row], *, group: int, prompt_bucket: int) -> Layout:
     """Find out what a model call may share: the prompt, where each `group` consecutive rows start with the same one."""
     whole = len(rows) % group == 0
@@ -31,13 +60,37 @@ def layout_of(rows: Sequence[Row], *, group: int, prompt_bucket: int) -> Layout:
     return Layout(group, _round_up(max(prefix), prompt_bucket))
 
 
+def _prefixes(rows: Sequence[Row | None], group: int) -> list[int]:
+    """Of each row the tokens before its first action which all rows of its group begin with."""
+    out: list[int] = []
+    for first in range(0, len(rows), group):
+        members = [row for row in rows[first : first + group] if row is not None]
+        n = min(map(_prefix, members), default=0)
+        for row in members[1:]:
+            differ = np.flatnonzero(row.token[:n] != members[0].token[:n])
+            n = int(differ[0]) if len(differ) else n
+        out += [n] * min(group, len(rows) - first)
+    return out
+
+
+def _rest(rows: Sequence[Row | None], prefix: Sequence[int]) -> int:
+    """Positions that the longest row needs behind its prefix, one for the state after its last token among them."""
+    return max(len(row.token) - n for row, n in zip(rows, prefix, strict=True) if row is not None) + 1
+
+
 def pack(
-    rows: Sequence[Row], *, batch: int, bucket: int, actions: int, mesh: jax.sharding.Mesh, layout: Layout = PLAIN
+    rows: Sequence[Row | None],
+    *,
+    batch: int,
+    bucket: int,
+    actions: int,
+    mesh: jax.sharding.Mesh,
+    layout: Layout = PLAIN,
 ) -> Experience:
     """Pad rows on the right to one length, add empty rows up to a batch, and split them over the mesh.
 
     Args:
-        rows: at most `batch` of them.
+        rows: at most `batch` of them; None stays empty.
         batch: rows of the result.
         bucket: what follows a shared prefix (or the whole row, where nothing is shared) is padded to a multiple of
             this, with room for one more token than the longest row has.
@@ -45,17 +98,15 @@ def pack(
         mesh: where the arrays go.
         layout: what the rows share.
     """
-    prefix = [_prefix(row) for row in rows]
-    if layout.group == 1:
-        T = _round_up(max(len(row.token) for row in rows) + 1, bucket)
-    else:
-        rest = max(len(row.token) - n for row, n in zip(rows, prefix, strict=True)) + 1
-        T = layout.prefix + _round_up(rest, bucket)
+    prefix = _prefixes(rows, layout.group)
+    T = layout.prefix + _round_up(_rest(rows, prefix if layout.group > 1 else [0] * len(rows)), bucket)
     shape = (batch, T)
     token_BT, action_BT = np.zeros(shape, np.int32), np.zeros(shape, bool)
     logp_BT, reward_BT = np.zeros(shape, np.float32), np.zeros(shape, np.float32)
     index_BA = np.zeros((batch, min(actions, T)), np.int32)
     for b, row in enumerate(rows):
+        if row is None:
+            continue
         n = len(row.token)
         counts = row.ending != Ending.ERROR
         token_BT[b, :n] = row.token
@@ -65,22 +116,22 @@ def pack(
         where = np.flatnonzero(row.action & counts)
         index_BA[b, : len(where)] = where
 
-    def ids(values: Sequence[int], fill: int) -> np.ndarray:
-        return np.array([*values, *[fill] * (batch - len(rows))], np.int32)
+    def ids(of: Callable[[Row], int], fill: int) -> np.ndarray:
+        return np.array([*(fill if row is None else of(row) for row in rows), *[fill] * (batch - len(rows))], np.int32)
 
     arrays = {
         "token_BT": token_BT,
-        "length_B": ids([len(row.token) for row in rows], 0),
-        "prefix_B": ids(prefix, 0),
+        "length_B": ids(lambda row: len(row.token), 0),
+        "prefix_B": np.array([*prefix, *[0] * (batch - len(rows))], np.int32),
         "action_BT": action_BT,
         "action_index_BA": index_BA,
         "logp_behavior_BT": np.where(action_BT, logp_BT, np.float32(0)),
         "reward_BT": reward_BT,
-        "ending_B": ids([row.ending for row in rows], Ending.ERROR),
-        "valid_B": ids([row.ending != Ending.ERROR for row in rows], 0).astype(bool),
-        "group_B": ids([row.group for row in rows], batch - 1),
-        "episode_B": ids([row.episode for row in rows], -1),
-        "segment_B": ids([row.segment for row in rows], 0),
+        "ending_B": ids(lambda row: row.ending, Ending.ERROR),
+        "valid_B": ids(lambda row: row.ending != Ending.ERROR, 0).astype(bool),
+        "group_B": ids(lambda row: row.group, batch - 1),
+        "episode_B": ids(lambda row: row.episode, -1),
+        "segment_B": ids(lambda row: row.segment, 0),
         "recorded": _recorded(rows, index_BA.shape),
     }
     routed_BTLK = _routed(rows, shape)
@@ -89,9 +140,9 @@ def pack(
     return Experience(**shard_rows(arrays, mesh))
 
 
-def _routed(rows: Sequence[Row], shape: tuple[int, int]) -> np.ndarray | None:
+def _routed(rows: Sequence[Row | None], shape: tuple[int, int]) -> np.ndarray | None:
     """The recorded experts of every token, -1 where there is no record; None where no row has one."""
-    kept = [(b, row.routed) for b, row in enumerate(rows) if row.routed is not None]
+    kept = [(b, row.routed) for b, row in enumerate(rows) if row is not None and row.routed is not None]
     if not kept:
         return None
     routed_BTLK = np.full((*shape, *kept[0][1].shape[1:]), -1, np.int16)
@@ -100,20 +151,21 @@ def _routed(rows: Sequence[Row], shape: tuple[int, int]) -> np.ndarray | None:
     return routed_BTLK
 
 
-def _recorded(rows: Sequence[Row], shape: tuple[int, ...]) -> Recorded:
+def _recorded(rows: Sequence[Row | None], shape: tuple[int, ...]) -> Recorded:
     """What the sampler kept of each action, 0 behind a row's last one and in rows that failed; None where nothing."""
+    full = [(b, row) for b, row in enumerate(rows) if row is not None]
 
     def one(column: tuple[np.ndarray | None, ...]) -> np.ndarray | None:
         first = column[0]
         if first is None:
             return None
         out = np.zeros((*shape, *first.shape[1:]), first.dtype)
-        for b, (row, kept) in enumerate(zip(rows, column, strict=True)):
+        for (b, row), kept in zip(full, column, strict=True):
             if kept is not None and row.ending != Ending.ERROR:
                 out[b, : len(kept)] = kept
         return out
 
-    return Recorded(*map(one, zip(*(row.recorded for row in rows), strict=True)))
+    return Recorded(*map(one, zip(*(row.recorded for _, row in full), strict=True)))
 
 
 def _round_up(n: int, multiple: int) -> int:

@@ -20,8 +20,9 @@ from ppojax.envs import Env, EnvConfig, Reset, Task
 from ppojax.errors import DataError
 from ppojax.models.forward import Params
 from ppojax.models.tokenizer import Tokenizer
+from ppojax.rollout.compaction import Compactor
 from ppojax.rollout.decode import Turns, begin_turn, decode, no_turns
-from ppojax.rollout.episode import Episode
+from ppojax.rollout.episode import Episode, Tail
 from ppojax.rollout.feed import feed, share_prompts
 from ppojax.rollout.sampler import SamplerDef, empty, record_shapes
 from ppojax.rollout.workers import PROMPT_S, Job, Workers
@@ -42,9 +43,12 @@ class Collector:
     workers: int = 0  # threads that run environments; with 0 they run in order, in the caller's thread
     env_timeout_s: float | None = None  # of a reset or a step, in a thread
     share_prompts: bool = True  # episodes that begin alike have their prompt read once
+    compactor: Compactor | None = None  # what replaces the history of a full context
 
     def __call__(self, params: Params, tasks: Sequence[Task], key: jax.Array) -> Rollout:
-        """Play `group_size` episodes of each task to their end; rows are in the order of the tasks.
+        """Play `group_size` episodes of each task to their end.
+
+        Rows are in the order of the tasks, those of an episode one after another.
 
         Raises:
             DataError: a prompt leaves no room for a turn in the cache, or too many environments hang.
@@ -95,6 +99,7 @@ class _Play:
         self.held: list[Episode | None] = [None] * collector.slots  # the episode in each slot
         self.began: list[list[int] | None] = [None] * collector.slots  # the prompt of its last row
         self.observed: dict[int, list[int]] = {}  # tokens to be appended in slots
+        self.restarted: dict[int, list[int]] = {}  # rows that go on behind a cut, to be read in slots
         self.left: dict[int, Episode] = {}  # episodes that are over, whose slots still hold their experts
         self.written = self.passes = 0
 
@@ -105,6 +110,9 @@ class _Play:
             for job in self.workers.ended(idle=not self.turns.live_B.any()):
                 self._answered(job)
             self._admit()
+            if self.restarted:
+                self._feed(self.restarted, prompt=True)
+                self.restarted = {}
             if self.observed:
                 self._feed(self.observed, prompt=False)
                 self.observed = {}
@@ -130,7 +138,7 @@ class _Play:
         metrics = {f"error/{name}": float(count) for name, count in errors.items()}
         metrics["timing_s/gen"], metrics["timing_s/env_wait"] = seconds, self.workers.waited_s
         metrics["perf/slot_use"] = self.written / max(self.passes * self.collector.slots, 1)
-        return Rollout(tuple(e.row() for e in self.episodes), metrics)
+        return Rollout(tuple(row for e in self.episodes for row in e.rows()), metrics)
 
     def _begin(self, tasks: Sequence[Task]) -> None:
         """Start every episode; those of a group have to begin alike."""
@@ -157,18 +165,22 @@ class _Play:
             self._started(episode, job.result)
         else:
             self._observe(episode, job.result)
-        if episode.ending is None:
-            return
+        if episode.ending is not None:
+            self._leave(episode, close=not job.left)
+
+    def _leave(self, episode: Episode, close: bool = True) -> None:
+        """Let the slot and the environment of an episode go that is over."""
         if episode in self.held:
             slot = self.held.index(episode)
             self.held[slot], self.left[slot] = None, episode
-        if not job.left:
+        if close:
             self.workers.submit(episode.close, None)
 
     def _started(self, episode: Episode, reset: Reset) -> None:
         task = self.tasks[episode.group]
         try:
             ids, episode.messages = self.collector.render(task, reset), list(reset.messages)
+            episode.reset = reset
         except DataError:
             raise
         except Exception as error:  # an environment is user code: its failure ends its own episode only
@@ -192,18 +204,62 @@ class _Play:
         except DataError as error:  # what the environment said cannot be written in this vocabulary
             episode.fail(error)
             return
-        if len(episode.token) + len(suffix) >= self.sampler.positions:
+        compactor, tokens = self.collector.compactor, len(episode.token) + len(suffix)
+        if compactor is not None and compactor.due(episode, tokens):
+            self._compact(compactor, episode, new, suffix)
+            return
+        if tokens >= self.sampler.positions:
             episode.ending = Ending.TRUNCATED
             return
-        episode.write(suffix, action=False)
-        slot = self.held.index(episode)
-        if suffix:
-            self.observed[slot] = suffix
-        self._begin_turn(slot, episode)
+        self._write(episode, suffix)
+        self._begin_turn(episode)
 
-    def _begin_turn(self, slot: int, episode: Episode) -> None:
-        episode.turn = len(episode.token)
-        begin_turn(self.turns, slot, episode.number, self.sampler.turn_tokens)
+    def _compact(self, compactor: Compactor, episode: Episode, new: Messages, suffix: list[int]) -> None:
+        """Ask for a summary of the history, or replace it at once; an episode for which neither can be is truncated."""
+        tail = compactor.tail(episode, suffix)
+        if tail is None:
+            episode.ending = Ending.TRUNCATED
+        elif not compactor.request:
+            del episode.messages[len(episode.messages) - len(new) :]  # the answer is read in the next row
+            self._go_on(compactor, episode, tail, "")
+        elif (asked := compactor.ask(episode, new, tail)) is None:
+            episode.ending = Ending.TRUNCATED
+        else:
+            self._write(episode, asked)
+            episode.messages, episode.tail = [*episode.messages, *compactor.request], tail
+            self._begin_turn(episode, tokens=compactor.settings.written)
+
+    def _go_on(self, compactor: Compactor, episode: Episode, tail: Tail, summary: str) -> None:
+        """Go on in a new row, if it has room for a turn."""
+        assert episode.reset is not None
+        messages = compactor.prompt(episode.reset, summary)
+        try:
+            prompt = self.collector.tokenizer.render(messages, episode.reset.tools)
+        except DataError as error:  # what the policy wrote cannot be written by the template
+            episode.fail(error)
+            return
+        if len(prompt) + len(tail.token) >= self.sampler.positions:
+            episode.ending = Ending.TRUNCATED
+            return
+        slot = self.held.index(episode)
+        self.left[slot] = episode
+        self._keep_experts()
+        episode.cut(prompt, messages, tail)
+        self.restarted[slot] = self.began[slot] = list(episode.token)
+        self._begin_turn(episode)
+
+    def _write(self, episode: Episode, ids: list[int]) -> None:
+        episode.write(ids, action=False)
+        if ids:
+            self.observed[self.held.index(episode)] = ids
+
+    def _begin_turn(self, episode: Episode, tokens: int | None = None) -> None:
+        """Let the policy write a turn of at most so many tokens."""
+        if tokens is None:
+            compactor = self.collector.compactor
+            tokens = self.sampler.turn_tokens if compactor is None else compactor.turn_limit(episode)
+        episode.begin_turn()
+        begin_turn(self.turns, self.held.index(episode), episode.seed, tokens)
 
     def _admit(self) -> None:
         """Give free slots to waiting episodes: prompts that a slot has begun with are taken from there."""
@@ -227,7 +283,7 @@ class _Play:
             else:
                 (now if source in read else before)[slot] = source
             self.held[slot], self.began[slot] = episode, list(episode.token)
-            self._begin_turn(slot, episode)
+            self._begin_turn(episode)
         self._share(before)
         if read:
             self._feed(read, prompt=True)
@@ -268,10 +324,16 @@ class _Play:
                 self._say(episode, stopped=int(segment.state_B[b]) == stop_SV.shape[0] - 1)
 
     def _say(self, episode: Episode, *, stopped: bool) -> None:
-        tokenizer, ids = self.collector.tokenizer, episode.token[episode.turn :]
+        tokenizer, ids = self.collector.tokenizer, episode.token[episode.turns[-1].token :]
         episode.clipped |= not stopped
         message = episode.say(tokenizer.decode(ids[:-1] if ids[-1] in tokenizer.eos_ids else ids))
-        self._ask(episode, partial(episode.env.step, message))
+        compactor, tail = self.collector.compactor, episode.tail
+        if compactor is None or tail is None:
+            self._ask(episode, partial(episode.env.step, message))
+            return
+        self._go_on(compactor, episode, tail, message["content"])
+        if episode.ending is not None:
+            self._leave(episode)
 
     def _keep_experts(self) -> None:
         """Fetch the experts that read the rows which are over, before others take their slots."""

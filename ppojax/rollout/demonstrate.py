@@ -46,4 +46,4 @@ def _play(
     else:
         episode.ending = Ending.TRUNCATED
     episode.close()
-    return episode.row()
+    return episode.rows()[0]

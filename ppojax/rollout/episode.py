@@ -9,19 +9,37 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass, field, replace
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 
-from ppojax.envs import Env, Step
+from ppojax.envs import Env, Reset, Step
 from ppojax.types import Ending, Messages, Recorded, Row
+
+SEEDS = 2**20  # episodes of a call, at most, so that each segment of each has randomness of its own
+
+
+class Turn(NamedTuple):
+    """Where a turn of the policy begins."""
+
+    token: int  # in the row
+    message: int  # in its messages
+
+
+@dataclass(frozen=True)
+class Tail:
+    """The end of a row, with which another one goes on behind its prompt."""
+
+    token: list[int]
+    messages: Messages
+    turns: list[Turn]  # counted from its start
 
 
 @dataclass(eq=False)
 class Episode:
-    """One episode while it is played."""
+    """One episode while it is played: the row that is being written, and those before it."""
 
     env: Env
     group: int
@@ -36,7 +54,21 @@ class Episode:
     info: dict[str, Any] = field(default_factory=dict)
     routed: np.ndarray | None = None  # of every token, when the sampler kept its choice of experts
     recorded: list[Recorded] = field(default_factory=lambda: [Recorded()])  # of the actions, piece by piece
-    turn: int = 0  # where the turn that is being written begins
+    turns: list[Turn] = field(default_factory=list)  # of this row, the one that is being written among them
+    segment: int = 0  # number of this row
+    rows_before: list[Row] = field(default_factory=list)
+    reset: Reset | None = None  # how it started
+    tail: Tail | None = None  # the policy is writing a summary: what stays beside it
+
+    @property
+    def seed(self) -> int:
+        """What the randomness of this row depends on."""
+        assert self.number < SEEDS
+        return self.number + self.segment * SEEDS
+
+    def begin_turn(self) -> None:
+        """What is written next is a turn of the policy."""
+        self.turns.append(Turn(len(self.token), len(self.messages)))
 
     def write(self, ids: Sequence[int], *, action: bool, logp: Sequence[float] | None = None) -> None:
         """Append tokens to the row."""
@@ -85,9 +117,25 @@ class Episode:
         self.info["error"] = type(error).__name__
         return []
 
-    def row(self) -> Row:
-        """The finished row."""
+    def cut(self, prompt: list[int], messages: Messages, tail: Tail) -> None:
+        """End this row, and go on in another one: its prompt, then the tail."""
+        self.rows_before.append(self._row(Ending.CUT))
+        nothing = jax.tree.map(lambda kept: kept[:0], self.recorded[0])
+        self.token, self.action, self.logp, self.reward, self.recorded = [], [], [], [], [nothing]
+        self.routed, self.clipped, self.tail = None, False, None
+        self.segment += 1
+        self.turns = [Turn(turn.token + len(prompt), turn.message + len(messages)) for turn in tail.turns]
+        self.messages = [*messages, *tail.messages]
+        self.write([*prompt, *tail.token], action=False)
+
+    def rows(self) -> list[Row]:
+        """The finished rows; all of them are failed where the last one is."""
         assert self.ending is not None
+        failed = self.ending == Ending.ERROR
+        before = [replace(row, ending=Ending.ERROR) for row in self.rows_before] if failed else self.rows_before
+        return [*before, self._row(self.ending)]
+
+    def _row(self, ending: Ending) -> Row:
         return Row(
             token=np.array(self.token, np.int32),
             action=np.array(self.action, bool),
@@ -95,8 +143,8 @@ class Episode:
             reward=np.array(self.reward, np.float32),
             group=self.group,
             episode=self.number,
-            segment=0,
-            ending=self.ending,
+            segment=self.segment,
+            ending=ending,
             clipped=self.clipped,
             messages=self.messages,
             info=self.info,

@@ -2,12 +2,59 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import Field
 
 from ppojax.component import Component
 from ppojax.mesh import MeshConfig
+
+
+class _Shared(Component):
+    limit: int | None = Field(
+        default=None,
+        ge=8,
+        description="tokens of a context from which on its history is replaced before the next turn; null: when the "
+        "next turn might not fit",
+    )
+    most: int = Field(default=3, ge=1, le=255, description="replacements in an episode, at most; then it is truncated")
+
+
+class Truncate(_Shared):
+    """Old turns are left out; the prompt and the last turns stay."""
+
+    type: Literal["truncate"] = Field(default="truncate", description="leave old turns out")
+    keep_turns: int = Field(default=2, ge=1, description="last turns that stay, with what was answered to them")
+
+    @property
+    def written(self) -> int:
+        """Tokens that the policy writes for it, at most."""
+        return 0
+
+
+class Summarize(_Shared):
+    """The policy writes a summary, which takes the place of the old turns (CompactionRL, arXiv 2607.05378; SUPO,
+    arXiv 2510.06727)."""
+
+    type: Literal["summary"] = Field(default="summary", description="let the policy write a summary")
+    keep_turns: int = Field(default=1, ge=0, description="last turns that stay beside the summary")
+    max_tokens: int = Field(default=256, ge=1, description="tokens of a summary, at most")
+    request: str = Field(
+        default="Your context is nearly full. Summarize what was done and found so far, and what remains to be done: "
+        "the conversation goes on from your summary.",
+        description="what the policy is asked, as a user",
+    )
+    header: str = Field(default="Summary of your work so far:", description="what stands above a summary")
+
+    @property
+    def written(self) -> int:
+        """Tokens that the policy writes for it, at most."""
+        return self.max_tokens
+
+
+Compaction = Annotated[
+    Truncate | Summarize, Field(discriminator="type", description="how the history of a full context is replaced")
+]
 
 
 class RolloutConfig(Component):
@@ -54,6 +101,11 @@ class RolloutConfig(Component):
         description="seconds that an environment may take for a reset or step before its episode ends as an error; "
         "null: no limit",
     )
+    compaction: Compaction | None = Field(
+        default=None,
+        description="replace the history of a context that is full, and let the episode go on in another row; null: "
+        "truncate the episode",
+    )
     record_experts: bool = Field(
         default=True,
         description="models with experts: keep which experts the sampler chose, and use them again when the policy is "
@@ -73,6 +125,11 @@ class RolloutConfig(Component):
     def rows(self) -> int:
         """Episodes a step."""
         return self.prompts * self.group_size
+
+    @property
+    def written(self) -> int:
+        """Tokens of a row that the policy writes beside its turns, at most."""
+        return 0 if self.compaction is None else self.compaction.written
 
     @property
     def cuts(self) -> bool:

@@ -29,7 +29,7 @@ def escape_terminal(text: str) -> str:
 
 def write_transcripts(
     path: Path,
-    rows: Sequence[Row],
+    rows: Sequence[Row | None],
     decode: Callable[[list[int]], str],
     *,
     advantage_BT: np.ndarray | None = None,
@@ -38,15 +38,17 @@ def write_transcripts(
 ) -> None:
     """Write one JSON object a row to `path` (`rollouts/step_NNNNNN.jsonl`).
 
-    Row i of the arrays belongs to `rows[i]`; padding beyond a row's tokens is dropped. Fields of an object: `group`,
-    `episode`, `segment`, `ending`, `reward_sum`, `messages`, and, one entry a token, `token`, `text` (pieces that join
-    to the whole text), `action`, `reward`, `logp_behavior`, `advantage`, `value` (a list for each critic), `ratio`;
-    null where it was not given. Numbers carry six digits.
+    Row i of the arrays belongs to `rows[i]`, and to nothing where that is None; padding beyond a row's tokens is
+    dropped. Fields of an object: `group`, `episode`, `segment`, `ending`, `reward_sum`, `messages`, and, one entry a
+    token, `token`, `text` (pieces that join to the whole text), `action`, `reward`, `logp_behavior`, `advantage`,
+    `value` (a list for each critic), `ratio`; null where it was not given. Numbers carry six digits.
 
     A file that cannot be written is a warning: no run ends for want of a transcript.
     """
     lines = []
     for i, row in enumerate(rows):
+        if row is None:
+            continue
         n = len(row.token)
         values = None if value_MBT is None else [_numbers(value_T[:n]) for value_T in value_MBT[:, i]]
         record = {

@@ -19,6 +19,7 @@ from ppojax.models.lora import split
 from ppojax.models.pretrained import Loaded, load_model
 from ppojax.models.tokenizer import Tokenizer
 from ppojax.rollout.collect import Collector
+from ppojax.rollout.compaction import Compactor
 from ppojax.rollout.draw import Cuts
 from ppojax.rollout.sampler import SamplerDef
 from ppojax.rollout.stop import stop_table
@@ -159,7 +160,17 @@ def make_collector(config: Config, model: ModelDef, tokenizer: Tokenizer, mesh: 
         rollout.rows if rollout.slots is None else rollout.slots,
         rollout.workers,
         rollout.env_timeout_s,
+        compactor=_compactor(config, tokenizer, sampler),
     )
+
+
+def _compactor(config: Config, tokenizer: Tokenizer, sampler: SamplerDef) -> Compactor | None:
+    settings = config.rollout.compaction
+    if settings is None:
+        return None
+    compactor = Compactor(settings, tokenizer, sampler.positions, sampler.turn_tokens)
+    compactor.check()
+    return compactor
 
 
 def unrecorded(collector: Collector) -> Collector:

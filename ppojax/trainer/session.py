@@ -125,7 +125,7 @@ def _write_transcripts(trainer: Trainer, run: RunDir, out: StepOut) -> None:
     ratio_BT = None if e.logp_old_BT is None else np.where(e.action_BT, np.exp(e.logp_old_BT - e.logp_behavior_BT), 0.0)
     write_transcripts(
         run.transcript(out.step),
-        out.rollout.rows,
+        out.rows,
         trainer.parts.tokenizer.decode,
         advantage_BT=batch.advantage_BT,
         value_MBT=e.value_MBT,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
@@ -16,7 +16,7 @@ from ppojax.config import Config
 from ppojax.errors import DataError, DivergedError
 from ppojax.experience.batch import make_batch, without_records
 from ppojax.experience.minibatch import minibatches
-from ppojax.experience.pack import layout_of, pack
+from ppojax.experience.pack import lay_out, pack, row_bucket
 from ppojax.experience.score import Scorers, score
 from ppojax.experience.summary import advantage_metrics, rollout_metrics
 from ppojax.models.flops import experience_flops, peak_flops
@@ -29,7 +29,7 @@ from ppojax.rollout.tasks import task_stream
 from ppojax.runtime.compiling import compile_metrics
 from ppojax.trainer.build import DROP_ACTOR, DROP_CRITIC, SAMPLE, States, build, build_critic, dropout_key, purpose_key
 from ppojax.trainer.warm_start import warm_start
-from ppojax.types import Batch, Experience, Layout, Rollout
+from ppojax.types import Batch, Experience, Layout, Rollout, Row
 from ppojax.update.actor import actor_step
 from ppojax.update.critic import critic_step
 from ppojax.update.state import skipped_in_a_row
@@ -43,6 +43,7 @@ class StepOut:
     metrics: dict[str, float]
     rollout: Rollout
     batch: Batch
+    rows: Sequence[Row | None]  # of the rollout, where they stand in the batch
 
 
 class Trainer:
@@ -98,12 +99,13 @@ class Trainer:
         heads = self._heads(played)
         del played  # where it is a copy, it is not needed in the update
         group = config.rollout.group_size if config.update.shared_prefix else 1
-        layout = layout_of(rollout.rows, group=group, prompt_bucket=config.rollout.prompt_bucket)
+        buckets = {"prompt_bucket": config.rollout.prompt_bucket, "bucket": config.rollout.bucket}
+        rows, layout = lay_out(rollout.rows, group=group, **buckets)
         experience = pack(
-            rollout.rows,
-            batch=config.rollout.rows,
+            rows,
+            batch=row_bucket(len(rows), config.rollout.rows),
             bucket=config.rollout.bucket,
-            actions=config.env.max_turns * config.rollout.max_turn_tokens,
+            actions=config.env.max_turns * config.rollout.max_turn_tokens + config.rollout.written,
             mesh=parts.mesh,
             layout=layout,
         )
@@ -132,7 +134,8 @@ class Trainer:
         metrics |= self._performance(rollout, time.perf_counter() - start) | compile_metrics()
         metrics |= self._utilisation(experience, layout)
         # A caller may keep this over the next step: without the arrays that are large on the devices.
-        return StepOut(self.number, metrics, rollout, batch._replace(experience=without_records(batch.experience)))
+        batch = batch._replace(experience=without_records(batch.experience))
+        return StepOut(self.number, metrics, rollout, batch, rows)
 
     def policy(self) -> Params:
         """The actor's parameters, all of them."""

@@ -242,7 +242,7 @@ def test_a_close_that_fails_changes_nothing() -> None:
 
     episode = Episode(Stuck(), 0, 0, [], [], ending=Ending.TERMINATED)
     episode.close()
-    assert episode.row().ending == Ending.TERMINATED
+    assert episode.rows()[0].ending == Ending.TERMINATED
 
 
 def test_the_same_key_plays_the_same_episodes() -> None:
