@@ -125,8 +125,8 @@ class Compactor:
         last = messages[-1]
         # Templates differ in whether a user may speak twice in a row.
         if last.get("role") == "user" and isinstance(last.get("content"), str):
-            return [*messages[:-1], {**last, "content": f"{last['content']}\n\n{text}"}]
-        return [*messages, {"role": "user", "content": text}]
+            return [*messages[:-1], {**last, "content": f"{last['content']}{text}"}]
+        return [*messages, {"role": "user", "content": text.lstrip()}]
 
     def _headed(self, summary: str) -> str:
-        return f"{self.settings.header}\n{summary}" if isinstance(self.settings, Summarize) else ""
+        return f"{self.settings.header}{summary}" if isinstance(self.settings, Summarize) else ""

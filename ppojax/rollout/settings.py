@@ -44,7 +44,9 @@ class Summarize(_Shared):
         "the conversation goes on from your summary.",
         description="what the policy is asked, as a user",
     )
-    header: str = Field(default="Summary of your work so far:", description="what stands above a summary")
+    header: str = Field(
+        default="\n\nSummary of your work so far:\n", description="what stands between the prompt and a summary"
+    )
 
     @property
     def written(self) -> int:
