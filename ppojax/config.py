@@ -18,55 +18,9 @@ from ppojax.models.value_head import HLGaussHead
 from ppojax.rollout.settings import RolloutConfig
 from ppojax.runtime.settings import CheckpointConfig
 from ppojax.settings import Contradiction, Settings, load_config
-from ppojax.types import NO_RECORDS
+from ppojax.settings.foreign import FOREIGN_KEYS
+from ppojax.types import NO_RECORDS, Records
 from ppojax.update.settings import ActorConfig, CriticConfig, OptimizerConfig, UpdateConfig, WarmStartConfig
-
-# What users of verl, TRL and others would write.
-FOREIGN_KEYS = {
-    "actor_rollout_ref.actor.clip_ratio": "loss.clip_low",
-    "actor_rollout_ref.actor.clip_ratio_high": "loss.clip_high",
-    "actor_rollout_ref.actor.clip_ratio_low": "loss.clip_low",
-    "actor_rollout_ref.actor.entropy_coeff": "loss.entropy_coefficient",
-    "actor_rollout_ref.actor.grad_clip": "actor.optimizer.max_grad_norm",
-    "actor_rollout_ref.actor.kl_loss_coef": "loss.kl.coefficient",
-    "actor_rollout_ref.actor.loss_agg_mode": "loss.aggregation.mode",
-    "actor_rollout_ref.actor.optim.lr": "actor.optimizer.learning_rate",
-    "actor_rollout_ref.actor.optim.lr_warmup_steps": "actor.optimizer.warmup_steps",
-    "actor_rollout_ref.actor.optim.weight_decay": "actor.optimizer.weight_decay",
-    "actor_rollout_ref.actor.ppo_epochs": "update.epochs",
-    "actor_rollout_ref.actor.ppo_micro_batch_size_per_gpu": "update.microbatch_rows",
-    "actor_rollout_ref.actor.ppo_mini_batch_size": "update.minibatches",
-    "actor_rollout_ref.model.path": "model.path",
-    "actor_rollout_ref.rollout.n": "rollout.group_size",
-    "actor_rollout_ref.rollout.temperature": "rollout.temperature",
-    "actor_rollout_ref.rollout.top_k": "rollout.top_k",
-    "actor_rollout_ref.rollout.top_p": "rollout.top_p",
-    "actor_rollout_ref.rollout.tensor_model_parallel_size": "mesh.tensor",
-    "algorithm.adv_estimator": "advantage.type",
-    "algorithm.gamma": "advantage.gamma",
-    "algorithm.lam": "advantage.lambda_policy",
-    "batch_size": "rollout.prompts",
-    "critic.cliprange_value": "critic.loss.clip",
-    "critic.optim.lr": "critic.optimizer.learning_rate",
-    "critic.ppo_epochs": "critic.updates",
-    "data.max_response_length": "rollout.max_turn_tokens",
-    "data.train_batch_size": "rollout.prompts",
-    "gae_lambda": "advantage.lambda_policy",
-    "learning_rate": "actor.optimizer.learning_rate",
-    "lr": "actor.optimizer.learning_rate",
-    "max_completion_length": "rollout.max_turn_tokens",
-    "max_steps": "steps",
-    "num_generations": "rollout.group_size",
-    "output_dir": "run.dir",
-    "trainer.critic_warmup": "critic.warmup_steps",
-    "trainer.default_local_dir": "run.dir",
-    "trainer.experiment_name": "run.name",
-    "trainer.n_gpus_per_node": "mesh.data",
-    "trainer.resume_mode": "resume",
-    "trainer.save_freq": "checkpoint.every",
-    "trainer.test_freq": "eval.every",
-    "trainer.total_training_steps": "steps",
-}
 
 
 class RunConfig(Component):
@@ -140,12 +94,19 @@ class Config(Settings):
         """
         return load_config(cls, arguments).config
 
+    @property
+    def records(self) -> Records:
+        """What the sampler keeps of its distribution at each action: for the loss, and for the log."""
+        asked = self.loss.records
+        return asked._replace(hidden=asked.hidden or self.rollout.record_hidden)
+
     def contradictions(self) -> Iterator[Contradiction]:
         """List the settings that cannot hold together, as far as can be told without loading weights."""
         yield from _model(self)
         yield from _rows(self)
         yield from _tokens(self)
         yield from _slots(self)
+        yield from _records(self)
         yield from _schedules(self)
         yield from _supports(self)
         if self.advantage.needs_values:
@@ -301,6 +262,24 @@ def _slots(config: Config) -> Iterator[Contradiction]:
             "the loss compares whole distributions, and the sampler would draw from a cut one that is not recorded",
             "set rollout.top_k=0, rollout.top_p=1 and rollout.min_p=0, or loss.support=binary and "
             "loss.compare_supports=false",
+        )
+
+
+def _records(config: Config) -> Iterator[Contradiction]:
+    rollout, loss = config.rollout, config.loss
+    if rollout.cuts and rollout.record_hidden:
+        yield Contradiction(
+            ("rollout.top_k", "rollout.top_p", "rollout.min_p", "rollout.record_hidden"),
+            "hidden states do not tell what was cut off the distribution, and the exact gap would be of another one",
+            "set rollout.top_k=0, rollout.top_p=1 and rollout.min_p=0, or rollout.record_hidden=false",
+        )
+    if rollout.mismatch.logit_noise and config.records.hidden:
+        asked = ("loss.support", "loss.compare_supports") if loss.records.hidden else ("rollout.record_hidden",)
+        yield Contradiction(
+            ("rollout.mismatch.logit_noise", *asked),
+            "hidden states do not tell the noise on the logits, and the policy would be compared with another one",
+            "set rollout.mismatch.logit_noise=0, or leave hidden states out (rollout.record_hidden=false, and with "
+            "dppo loss.support=binary or topk and loss.compare_supports=false)",
         )
 
 

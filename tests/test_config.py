@@ -7,11 +7,12 @@ from pathlib import Path
 import pytest
 
 from ppojax.advantages import GAE
-from ppojax.config import FOREIGN_KEYS, Config
+from ppojax.config import Config
 from ppojax.envs import Calculator
 from ppojax.errors import ConfigError
 from ppojax.losses import DPPO
 from ppojax.settings import help_text
+from ppojax.settings.foreign import FOREIGN_KEYS
 from ppojax.settings.schema import keys, sections
 
 CONFIGS = sorted((Path(__file__).parent.parent / "configs").glob("*.yaml"))
@@ -189,6 +190,27 @@ CONTRADICTIONS = [
         "rollout.mesh.tensor=2 (command line), mesh.data=4 (command line), mesh.fsdp=1 (default), "
         "mesh.expert=1 (default), mesh.tensor=1 (default): the sampler's mesh has 2 devices and the trainer's 4, and "
         "they are to be the same; make the product of rollout.mesh 4, or set rollout.mesh=null",
+    ),
+    (
+        (*BASE, "rollout.top_k=5", "rollout.record_hidden=true"),
+        "rollout.top_k=5 (command line), rollout.top_p=1.0 (default), rollout.min_p=0.0 (default), "
+        "rollout.record_hidden=true (command line): hidden states do not tell what was cut off the distribution, and "
+        "the exact gap would be of another one; set rollout.top_k=0, rollout.top_p=1 and rollout.min_p=0, or "
+        "rollout.record_hidden=false",
+    ),
+    (
+        (*BASE, "rollout.mismatch.logit_noise=0.1", "rollout.record_hidden=true"),
+        "rollout.mismatch.logit_noise=0.1 (command line), rollout.record_hidden=true (command line): hidden states do "
+        "not tell the noise on the logits, and the policy would be compared with another one; set "
+        "rollout.mismatch.logit_noise=0, or leave hidden states out (rollout.record_hidden=false, and with dppo "
+        "loss.support=binary or topk and loss.compare_supports=false)",
+    ),
+    (
+        (*BASE, "rollout.mismatch.logit_noise=0.1", "loss.support=full"),
+        "rollout.mismatch.logit_noise=0.1 (command line), loss.support=full (command line), "
+        "loss.compare_supports=false (default): hidden states do not tell the noise on the logits, and the policy "
+        "would be compared with another one; set rollout.mismatch.logit_noise=0, or leave hidden states out "
+        "(rollout.record_hidden=false, and with dppo loss.support=binary or topk and loss.compare_supports=false)",
     ),
     (
         (*BASE, "rollout.slots=6", "mesh.tensor=4", "rollout.mesh.data=4"),

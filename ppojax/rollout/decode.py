@@ -15,6 +15,7 @@ import numpy as np
 from ppojax.mesh import sharding
 from ppojax.models.forward import Params, head_VD, hidden_states, logits
 from ppojax.rollout.draw import cut, greedy_choice, record, sample
+from ppojax.rollout.mismatch import noisy
 from ppojax.rollout.sampler import SamplerDef, Slots, append, pin, record_shapes
 from ppojax.rollout.stop import START
 from ppojax.types import Recorded
@@ -60,7 +61,10 @@ def decode(
 
     def step(carry: tuple) -> tuple:
         n, left_B, slots, out = carry
-        logits_BV = logits(sampler.model, head, slots.hidden_BD) / sampler.temperature
+        logits_BV = logits(sampler.model, head, slots.hidden_BD)
+        if sampler.logit_noise:
+            logits_BV = noisy(logits_BV, key_B, slots.length_B, sampler.logit_noise)
+        logits_BV = logits_BV / sampler.temperature
         uniform_B = jax.vmap(lambda k, t: jax.random.uniform(jax.random.fold_in(k, t)))(key_B, slots.length_B)
         if sampler.greedy:
             token_B, logp_B = greedy_choice(logits_BV)
@@ -69,7 +73,7 @@ def decode(
         new = record(sampler.records, logits_BV, slots.hidden_BD, token_B, logp_B)
         read = hidden_states(sampler.model, params, token_B[:, None], slots.length_B[:, None], slots.cache)
         wrote_B = out.live_B.astype(jnp.int32)
-        slots, left_B = append(slots, read, wrote_B, slot_B), left_B - wrote_B
+        slots, left_B = append(slots, read, wrote_B, slot_B, sampler), left_B - wrote_B
         state_B = jnp.where(out.live_B, stop_SV[out.state_B, token_B], out.state_B)
         out = Segment(
             out.token_BN.at[:, n].set(jnp.where(out.live_B, token_B, 0)),

@@ -19,6 +19,7 @@ from ppojax.models.attention import KeyValue
 from ppojax.models.decoder import Hidden
 from ppojax.models.forward import ModelDef, Params, hidden_states, positions
 from ppojax.rollout.draw import NO_CUTS, Cuts
+from ppojax.rollout.mismatch import int8_rounded
 from ppojax.types import NO_RECORDS, Recorded, Records
 
 CACHE = (None, "rows", None, "kv_heads", None)  # logical axes of keys and values
@@ -49,6 +50,8 @@ class SamplerDef:
     greedy: bool = False
     record_experts: bool = False
     records: Records = NO_RECORDS  # what is kept of the distribution that each token was drawn from
+    logit_noise: float = 0.0  # see `ppojax.rollout.mismatch`, also for the next
+    int8_cache: bool = False
 
 
 def record_shapes(sampler: SamplerDef, *before: int) -> Recorded:
@@ -90,9 +93,10 @@ def pin(slots: Slots, sampler: SamplerDef) -> Slots:
     return Slots(cache, hidden_BD, prompt_BD, place(slots.length_B, ("rows",)), routed)
 
 
-def append(slots: Slots, read: Hidden, count_R: jax.Array, slot_R: jax.Array) -> Slots:
+def append(slots: Slots, read: Hidden, count_R: jax.Array, slot_R: jax.Array, sampler: SamplerDef) -> Slots:
     """Write the first `count` of each row's new tokens behind the length of its slot."""
     hidden_RTD, new, routing = read
+    new = KeyValue(*map(int8_rounded, new)) if sampler.int8_cache else new
     B, step_T = slots.length_B.shape[0], jnp.arange(hidden_RTD.shape[1], dtype=jnp.int32)
     length_R = slots.length_B.at[slot_R].get(mode="fill", fill_value=0)
     # Positions past the count point outside the cache, where a scatter drops them.
@@ -131,7 +135,7 @@ def prefill(
     at_R = jnp.where(count_R > 0, slot_R, slots.length_B.shape[0])
     slots = slots._replace(length_B=slots.length_B.at[at_R].set(0, mode="drop"))
     read = hidden_states(sampler.model, params, token_RT, positions(token_RT))
-    return pin(_remember(append(slots, read, count_R, slot_R), count_R, slot_R), sampler)
+    return pin(_remember(append(slots, read, count_R, slot_R, sampler), count_R, slot_R), sampler)
 
 
 @partial(jax.jit, static_argnames=("sampler", "whole", "prompt"), donate_argnames=("slots",))
@@ -153,7 +157,7 @@ def extend(
     length_R = slots.length_B.at[slot_R].get(mode="fill", fill_value=0)
     position_RT = length_R[:, None] + jnp.arange(token_RT.shape[1], dtype=jnp.int32)[None, :]
     past = slots.cache if whole else KeyValue(*(jnp.take(x, slot_R, axis=1, mode="clip") for x in slots.cache))
-    slots = append(slots, hidden_states(sampler.model, params, token_RT, position_RT, past), count_R, slot_R)
+    slots = append(slots, hidden_states(sampler.model, params, token_RT, position_RT, past), count_R, slot_R, sampler)
     return pin(_remember(slots, count_R, slot_R) if prompt else slots, sampler)
 
 

@@ -8,6 +8,7 @@ from pydantic import Field
 
 from ppojax.component import Component
 from ppojax.mesh import MeshConfig
+from ppojax.rollout.mismatch import Mismatch
 
 
 class _Shared(Component):
@@ -113,6 +114,12 @@ class RolloutConfig(Component):
         description="models with experts: keep which experts the sampler chose, and use them again when the policy is "
         "trained (R3); costs 2 bytes a token, layer and chosen expert",
     )
+    record_hidden: bool = Field(
+        default=False,
+        description="keep the final hidden state of each action whatever the loss, so that the log has the exact gap "
+        "between sampler and trainer (sampling/tv_mean, sampling/kl_mean); costs model width numbers an action and "
+        "one more pass over the vocabulary",
+    )
     bucket: int = Field(default=64, ge=1, description="lengths of what follows a prompt, likewise")
     dtype: Literal["float32", "bfloat16", "float16"] | None = Field(
         default=None, description="compute type of the sampler, weights and cache; null: model.dtype"
@@ -121,6 +128,9 @@ class RolloutConfig(Component):
         default=None,
         description="the trainer's devices in another order of axes, for sampling: slots over data, fsdp and expert, "
         "heads over tensor (fsdp=4 in training, data=4 here, gathers weights once a step); null: mesh",
+    )
+    mismatch: Mismatch = Field(
+        default=Mismatch(), description="gaps between sampler and trainer, put in on purpose for studies; not evaluated"
     )
 
     @property

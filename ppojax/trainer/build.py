@@ -145,7 +145,9 @@ def make_collector(config: Config, model: ModelDef, tokenizer: Tokenizer, mesh: 
         rollout.temperature,
         Cuts(rollout.top_k, rollout.top_p, rollout.min_p),
         record_experts=rollout.record_experts and model.spec.moe is not None,
-        records=config.loss.records,
+        records=config.records,
+        logit_noise=rollout.mismatch.logit_noise,
+        int8_cache=rollout.mismatch.cache == "int8",
     )
     table = stop_table(tokenizer.token_bytes(), config.env.stop, tokenizer.eos_ids)
     unused = np.repeat(np.arange(len(table), dtype=np.int32)[:, None], model.spec.vocab - table.shape[1], axis=1)
@@ -173,15 +175,16 @@ def _compactor(config: Config, tokenizer: Tokenizer, sampler: SamplerDef) -> Com
     return compactor
 
 
-def unrecorded(collector: Collector) -> Collector:
-    """The same episodes, of which nothing is kept that only training reads."""
-    return replace(collector, sampler=replace(collector.sampler, record_experts=False, records=NO_RECORDS))
+def plain(collector: Collector) -> Collector:
+    """The same episodes, of which nothing is kept that only training reads, by a sampler without injected gaps."""
+    off = {"record_experts": False, "records": NO_RECORDS, "logit_noise": 0.0, "int8_cache": False}
+    return replace(collector, sampler=replace(collector.sampler, **off))
 
 
 def greedy(collector: Collector) -> Collector:
     """The same episodes, one of each task, always with the most likely token."""
-    plain = unrecorded(collector)
-    return replace(plain, sampler=replace(plain.sampler, greedy=True), group_size=1)
+    same = plain(collector)
+    return replace(same, sampler=replace(same.sampler, greedy=True), group_size=1)
 
 
 def _check_mesh(config: Config, model: ModelDef) -> None:

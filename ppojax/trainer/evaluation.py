@@ -12,7 +12,7 @@ import numpy as np
 from ppojax.envs import Task
 from ppojax.models.forward import Params
 from ppojax.rollout.collect import Collector
-from ppojax.trainer.build import greedy, unrecorded
+from ppojax.trainer.build import greedy, plain
 from ppojax.types import Row
 
 
@@ -60,7 +60,7 @@ def evaluate_samples(
     collector: Collector, params: Params, tasks: Sequence[Task], key: jax.Array, samples: int
 ) -> dict[str, float]:
     """pass@k for k = 1, 2, 4, ... up to `samples` draws a task, at the sampling temperature."""
-    many = replace(unrecorded(collector), group_size=samples)
+    many = replace(plain(collector), group_size=samples)
     played = many(params, tasks, key).rows
     success = np.array([bool(row.info.get("success", False)) for row in played]).reshape(-1, samples)
     correct = [int(c) for c in success.sum(1)]

@@ -67,6 +67,7 @@ class Trainer:
         self.stream = task_stream(self.parts.train_tasks, config.rollout.prompts, config.seed)
         self.number = 0  # steps done
         self.reference = self._copy_of_actor()
+        self.older = self._copies_to_play()
         self._seconds: dict[str, float] = {}
 
     def warm_start(self) -> list[float]:
@@ -77,6 +78,7 @@ class Trainer:
         self.states.actor, losses = warm_start(self.config, settings, self.parts, self.states.actor)
         # What was taken from the actor is taken again, from the policy that training starts with.
         self.reference = self._copy_of_actor()
+        self.older = self._copies_to_play()
         if self.parts.critic is not None and isinstance(self.config.critic.model, CutCritic):
             warm = Loaded(self.parts.actor, self.policy(), self.parts.tokenizer)
             _, _, self.states.critic = build_critic(self.config, warm, self.parts.mesh)
@@ -152,7 +154,8 @@ class Trainer:
 
     def state(self) -> dict[str, Any]:
         """The arrays that a checkpoint holds."""
-        return {"actor": self.states.actor, "critic": self.states.critic, "reference": self.reference}
+        whole = {"actor": self.states.actor, "critic": self.states.critic, "reference": self.reference}
+        return whole | {"older": self.older}
 
     def position(self) -> dict[str, Any]:
         """The rest of what a checkpoint holds, as JSON: randomness needs only the seed and the step."""
@@ -180,14 +183,22 @@ class Trainer:
                     f"use the same {name}, or start another run.name"
                 )
         self.states = States(state["actor"], state["critic"])
-        self.reference = state["reference"]
+        self.reference, self.older = state["reference"], state["older"]
         self.number = position["step"]
         self.stream.set_state(position["tasks"])
 
     def _copy_of_actor(self) -> Params | None:
         if not self.config.loss.needs & {"logp_ref", "hidden_ref"}:
             return None
+        return self._copy()
+
+    def _copy(self) -> Params:
         return jax.tree.map(lambda p: p.copy(), self.states.actor.params)
+
+    def _copies_to_play(self) -> list[Params]:
+        """What the actor was in the steps before, oldest first, as far as stale weights are played: itself, so far."""
+        stale = self.config.rollout.mismatch.stale_steps
+        return [self._copy()] * stale if stale else []
 
     def _scorers(self) -> Scorers:
         base, critic = self.parts.actor_base, self.states.critic
@@ -200,6 +211,9 @@ class Trainer:
     def _sync(self) -> Params:
         """The parameters that this step is played with."""
         policy = self.policy()
+        if self.older:
+            policy = combine(self.parts.actor_base, self.older[0])
+            self.older = [*self.older[1:], self._copy()]
         with self._timed("sync"):
             played = jax.block_until_ready(sampler_params(policy, self.parts.collector.sampler.model))
         if played is policy:
@@ -210,7 +224,7 @@ class Trainer:
         """The heads of the policies that the loss compares with; the update takes the actor's own arrays over."""
         loss, head, own = self.config.loss, head_VD(played), head_VD(self.policy())
         behavior = reference = None
-        if loss.records.hidden:
+        if self.config.records.hidden:
             cast = head.astype(self.parts.collector.sampler.model.dtype)
             behavior = cast.copy() if cast is own else jax.device_put(cast, own.sharding)
         if "hidden_ref" in loss.needs:

@@ -7,6 +7,7 @@ from dataclasses import replace
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
 from helpers import SPEC
 from ppojax.mesh import MeshConfig
@@ -48,11 +49,11 @@ def test_another_mesh_plays_the_same_episodes() -> None:
     """Token for token, from weights that lie as the sampler's mesh wants them; the second sync compiles nothing."""
     mesh = TRAINER.build()
     other = SAMPLER.rearrange(mesh)
-    model = replace(MODEL, mesh=other)
+    model, compiled = replace(MODEL, mesh=other), sync._cache_size()
     for seed in (0, 1):
         params = jax.device_put(random_policy(seed), param_shardings(MODEL, mesh))
         got = sampler_params(params, model)
-        assert sync._cache_size() <= 2  # one here, one of the test above
+        assert sync._cache_size() == compiled + 1
         for new, old, wanted in zip(
             jax.tree.leaves(got), jax.tree.leaves(params), jax.tree.leaves(param_shardings(MODEL, other)), strict=True
         ):
@@ -68,6 +69,7 @@ def test_another_mesh_plays_the_same_episodes() -> None:
         np.testing.assert_allclose(a.logp_behavior, b.logp_behavior, rtol=0, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_casting_once_is_casting_in_every_call() -> None:
     """To the bit: decoding reads the same numbers."""
     low, params, key = replace(MODEL, dtype="bfloat16"), random_policy(2), jax.random.key(0)
