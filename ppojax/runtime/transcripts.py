@@ -39,9 +39,12 @@ def write_transcripts(
     """Write one JSON object a row to `path` (`rollouts/step_NNNNNN.jsonl`).
 
     Row i of the arrays belongs to `rows[i]`, and to nothing where that is None; padding beyond a row's tokens is
-    dropped. Fields of an object: `group`, `episode`, `segment`, `ending`, `reward_sum`, `messages`, and, one entry a
-    token, `token`, `text` (pieces that join to the whole text), `action`, `reward`, `logp_behavior`, `advantage`,
-    `value` (a list for each critic), `ratio`; null where it was not given. Numbers carry six digits.
+    dropped. Fields of an object: `group`, `episode`, `segment` (the rows of an episode are linked by the last two),
+    `ending`, `error` (what kind, where it failed), `clipped` (a turn ran into its limit), `reward_sum`, `messages`,
+    and, one entry a token, `token`, `text` (pieces that join to the whole text), `action`, `reward`, `logp_behavior`,
+    `advantage`, `value` (a list for each critic), `ratio`; null where it was not given. `value_end` is each critic's
+    value of the state after the last token, where the episode goes on there (truncated, cut) and the arrays reach that
+    far. Numbers carry six digits.
 
     A file that cannot be written is a warning: no run ends for want of a transcript.
     """
@@ -51,11 +54,15 @@ def write_transcripts(
             continue
         n = len(row.token)
         values = None if value_MBT is None else [_numbers(value_T[:n]) for value_T in value_MBT[:, i]]
+        goes_on = row.ending in (Ending.TRUNCATED, Ending.CUT)
+        end = None if value_MBT is None or not goes_on or n >= value_MBT.shape[2] else _numbers(value_MBT[:, i, n])
         record = {
             "group": row.group,
             "episode": row.episode,
             "segment": row.segment,
             "ending": Ending(row.ending).name.lower(),
+            "error": row.info.get("error") if row.ending == Ending.ERROR else None,
+            "clipped": row.clipped,
             "reward_sum": _numbers(row.reward.sum(keepdims=True))[0],
             "messages": row.messages,
             "token": row.token.tolist(),
@@ -65,6 +72,7 @@ def write_transcripts(
             "logp_behavior": _numbers(row.logp_behavior),
             "advantage": None if advantage_BT is None else _numbers(advantage_BT[i, :n]),
             "value": values,
+            "value_end": end,
             "ratio": None if ratio_BT is None else _numbers(ratio_BT[i, :n]),
         }
         # ASCII only: a terminal that shows the file meets no control character.

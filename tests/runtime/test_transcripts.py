@@ -152,3 +152,19 @@ def test_a_decoder_that_strips_the_first_space_does_not_strip_every_piece():
         return "".join(words[i] for i in ids).removeprefix(" ")
 
     assert pieces([0, 1, 2], strip_decode) == ["a", " b", " c"]
+
+
+def test_how_a_row_ended(tmp_path):
+    """The value of what follows is kept where something does; the kind of failure where it failed."""
+    rows = [
+        make_row("abc", ending=Ending.CUT, clipped=True),
+        make_row("abcd", ending=Ending.TRUNCATED),  # the arrays end where it does
+        make_row("abc", info={"error": "said by the environment"}),
+        make_row("ab", ending=Ending.ERROR, info={"error": "TimeoutError"}),
+    ]
+    value_MBT = np.arange(32, dtype=np.float32).reshape(2, 4, 4) / 3
+    write_transcripts(tmp_path / "t.jsonl", rows, decode, value_MBT=value_MBT)
+    found = read_transcripts(tmp_path / "t.jsonl")
+    assert [row["value_end"] for row in found] == [[1, 6.33333], None, None, None]
+    assert [row["error"] for row in found] == [None, None, None, "TimeoutError"]
+    assert [row["clipped"] for row in found] == [True, False, False, False]
