@@ -17,6 +17,7 @@ Tuples rather than registered dataclasses: they are pytrees without importing ja
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from enum import IntEnum
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -85,6 +86,18 @@ class Rollout:
 
     rows: tuple[Row, ...]
     metrics: dict[str, float] = field(default_factory=dict)
+
+    def episodes(self) -> list[list[Row]]:
+        """The rows of each episode, see `episodes_of`."""
+        return episodes_of(self.rows)
+
+
+def episodes_of(rows: Sequence[Row]) -> list[list[Row]]:
+    """Put the rows of each episode together, first segment first; episodes in the order of their numbers."""
+    segments: dict[int, list[Row]] = {}
+    for row in sorted(rows, key=lambda row: (row.episode, row.segment)):
+        segments.setdefault(row.episode, []).append(row)
+    return list(segments.values())
 
 
 @dataclass(frozen=True)

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import ClassVar, Literal
 
 from pydantic import Field
 
+from ppojax.advantages.chain import Chains, CutRule, behind, over_rows, power
 from ppojax.component import Component
 from ppojax.lazy import Bool, Float, jax, jnp
 from ppojax.masking import masked_mean
@@ -31,7 +33,13 @@ class GAE(Component):
     truncation: Literal["bootstrap", "zero", "mask_out"] = Field(
         default="bootstrap",
         description="a row that hit a limit: bootstrap: goes on with the value of its last state; zero: ends there; "
-        "mask_out: gives no advantage, and the critic's own value as its target",
+        "mask_out: gives no advantage, and the critic's own value as its target, in all rows of the episode",
+    )
+    cut_rule: CutRule = Field(
+        default="chain",
+        description="an episode of several rows: chain: goes on with the next row's first action as if it had not been "
+        "cut; scale: a row ends with the reward of the later ones, its advantages are times "
+        "(gamma lambda_policy)^(their actions); broadcast: a row ends so that it has the whole episode's reward",
     )
     whiten: Literal["off", "batch"] = Field(default="off", description="batch: advantages to mean 0 and deviation 1")
     whiten_floor: float = Field(
@@ -47,10 +55,28 @@ class GAE(Component):
             advantage_t = trace_t(lambda_policy, mean over critics)      return_t = V_t + trace_t(lambda_value)
 
         t + 1 is the next position that counts under `mask_rule`; under `skip` value and trace pass over the others
-        unchanged. After the last token comes V = 0 when the row terminated, `value_MBT[:, :, length]` when it was cut,
-        and what `truncation` says when it was truncated. Each critic's target is made of its own values, before
-        whitening. Both results are 0 off action, and stop-gradiented.
+        unchanged. After the last token comes V = 0 when the row terminated, `value_MBT[:, :, length]` when it was cut
+        and no row of the batch goes on, and what `truncation` says when it was truncated. Each critic's target is made
+        of its own values, before whitening. Both results are 0 off action, and stop-gradiented.
+
+        Where another row goes on, V = 0 comes after the last token, but X arrives there, and so does
+        (gamma lambda)^(steps after t) X at t:
+
+            chain       X = gamma (V_first + lambda trace_first) of the next row: delta and trace of the uncut episode
+            scale       X = rewards of all later rows + gamma V behind the last one, where that goes on
+                        advantage_t = (gamma lambda_policy)^(actions of later rows) trace_t       (arXiv 2607.05378)
+            broadcast   X = as scale, + rewards of all earlier rows, also behind the episode's last row
+
+        `first` is a row's first action: under every `mask_rule` the tokens before it, which tell again what happened
+        before, are no steps in time. A row without an action passes on what follows it.
+
+        With rewards only at the end of the episode, X of `scale` is the final reward that all segments share in the
+        paper. It leaves rewards inside a segment where they are, and counts each once; so with gamma = lambda = 1
+        `scale` is `chain`. Its critic target is not scaled: V + c trace = (1 - c) V + c (V + trace) would hold the
+        critic to what it says already. In `broadcast` too, rewards stay where they are; X makes them add up to the
+        episode's return in each row. Neither discounts over other rows what it takes from them.
         """
+        experience = jax.lax.stop_gradient(experience)
         value_MBT = experience.value_MBT
         assert value_MBT is not None, "GAE needs the critics' values, which were not scored"
         action_BT = experience.action_BT
@@ -59,41 +85,51 @@ class GAE(Component):
         step_BT = action_BT if self.mask_rule == "skip" else inside_BT
         known_BT = inside_BT if self.mask_rule == "dense" else action_BT
         value_MBT = jnp.where(known_BT[None], value_MBT, 0.0)
-        next_value_MB = self._value_after(experience)
+        chains = Chains.of(experience)
+        end_MB = self._value_after(experience, chains)
 
-        advantage_MBT = _traces(
-            jnp.mean(value_MBT, axis=0, keepdims=True),
-            experience.reward_BT,
-            step_BT,
-            jnp.mean(next_value_MB, axis=0, keepdims=True),
-            self.gamma,
-            self.lambda_policy,
-        )
-        return_MBT = value_MBT + _traces(
-            value_MBT, experience.reward_BT, step_BT, next_value_MB, self.gamma, self.lambda_value
-        )
-        advantage_BT = advantage_MBT[0]
+        trace = partial(self._trace, experience, chains, step_BT)
+        mean = partial(jnp.mean, axis=0, keepdims=True)
+        advantage_BT = trace(mean(value_MBT), mean(end_MB), self.lambda_policy)[0]
+        return_MBT = value_MBT + trace(value_MBT, end_MB, self.lambda_value)
+        if self.cut_rule == "scale":
+            later_B = over_rows(chains.later_BB, jnp.sum(action_BT, axis=1, dtype=jnp.float32))
+            advantage_BT *= power(self.gamma * self.lambda_policy, later_B)[:, None]
         counted_BT = action_BT
         if self.truncation == "mask_out":
             truncated_B = experience.ending_B == Ending.TRUNCATED
+            truncated_B |= (chains.later_BB & truncated_B[None, :]).any(axis=1)
             counted_BT = action_BT & ~truncated_B[:, None]
             return_MBT = jnp.where(counted_BT[None], return_MBT, value_MBT)
         if self.whiten == "batch":
             advantage_BT = self._whiten(advantage_BT, counted_BT)
-        return Advantage(
-            jax.lax.stop_gradient(jnp.where(counted_BT, advantage_BT, 0.0)),
-            jax.lax.stop_gradient(jnp.where(action_BT[None], return_MBT, 0.0)),
-        )
+        return Advantage(jnp.where(counted_BT, advantage_BT, 0.0), jnp.where(action_BT[None], return_MBT, 0.0))
 
-    def _value_after(self, experience: Experience) -> Float[jax.Array, "M B"]:
+    def _value_after(self, experience: Experience, chains: Chains) -> Float[jax.Array, "M B"]:
         assert experience.value_MBT is not None
         index_MB1 = jnp.broadcast_to(experience.length_B[None, :, None], (*experience.value_MBT.shape[:2], 1))
         # Out of range is NaN (mode=fill): a row without room for this value must not pass unseen.
         last_MB = jnp.take_along_axis(experience.value_MBT, index_MB1, axis=2, mode="fill")[:, :, 0]
-        goes_on_B = experience.ending_B == Ending.CUT
+        goes_on_B = (experience.ending_B == Ending.CUT) & ~chains.linked_B
         if self.truncation == "bootstrap":
             goes_on_B |= experience.ending_B == Ending.TRUNCATED
         return jnp.where(goes_on_B[None], last_MB, 0.0)
+
+    def _trace(
+        self,
+        experience: Experience,
+        chains: Chains,
+        step_BT: Bool[jax.Array, "B T"],
+        value_MBT: Float[jax.Array, "M B T"],
+        end_MB: Float[jax.Array, "M B"],
+        lambda_: float,
+    ) -> Float[jax.Array, "M B T"]:
+        gamma = self.gamma
+        trace_MBT = _traces(value_MBT, experience.reward_BT, step_BT, end_MB, gamma, lambda_)
+        x_MB = behind(self.cut_rule, experience, chains, step_BT, value_MBT, trace_MBT, end_MB, gamma, lambda_)
+        count_BT = step_BT.astype(jnp.int32)
+        later_BT = jax.lax.cumsum(count_BT, axis=1, reverse=True) - count_BT
+        return trace_MBT + power(gamma * lambda_, later_BT)[None] * x_MB[:, :, None]
 
     def _whiten(
         self, advantage_BT: Float[jax.Array, "B T"], mask_BT: Bool[jax.Array, "B T"]
