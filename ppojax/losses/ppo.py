@@ -7,13 +7,13 @@ from typing import Literal
 from pydantic import Field
 
 from ppojax.lazy import jax, jnp
+from ppojax.losses.corrected import CorrectedLoss
 from ppojax.losses.divergence import log_ratio
-from ppojax.losses.policy import PolicyLoss
 from ppojax.masking import masked_mean
 from ppojax.types import Batch, LossOut, Metrics, TokenStats
 
 
-class PPOClip(PolicyLoss):
+class PPOClip(CorrectedLoss):
     """PPO with clipping of the probability ratio, asymmetric if wanted, and an optional dual clip."""
 
     type: Literal["ppo"] = "ppo"
@@ -25,11 +25,6 @@ class PPOClip(PolicyLoss):
         default=None, gt=1, description="largest ratio that counts for A < 0 (verl uses 3); null for no such bound"
     )
 
-    @property
-    def needs(self) -> frozenset[str]:
-        """Which of the experience's optional arrays the loss reads: `logp_old`, `logp_ref`, `hidden_ref`."""
-        return super().needs | {"logp_old"}
-
     def __call__(self, stats: TokenStats, batch: Batch) -> LossOut:
         """Compute PPO's clipped loss (arXiv 1707.06347, eq. 7; dual clip: arXiv 1912.09729, eq. 5) of a batch.
 
@@ -37,11 +32,10 @@ class PPOClip(PolicyLoss):
             with a dual clip c, where A < 0:  loss_t = min(loss_t, -A c)
 
         A and pi_old are stop-gradiented; log r is held within +-20. Metrics as verl's: `actor/pg_clipfrac` is the share
-        of tokens where the clip decides, `actor/pg_clipfrac_lower` where the dual clip does.
+        of tokens where the clip decides, `actor/pg_clipfrac_lower` where the dual clip does. A correction multiplies
+        the loss of each token.
         """
-        logp_old_BT = batch.experience.logp_old_BT
-        assert logp_old_BT is not None, "PPO needs logp_old, which was not scored"
-        logp_old_BT = jax.lax.stop_gradient(logp_old_BT)
+        logp_old_BT = self.logp_old(batch)
         advantage_BT = jax.lax.stop_gradient(batch.advantage_BT)
         action_BT = batch.experience.action_BT
 
@@ -58,4 +52,4 @@ class PPOClip(PolicyLoss):
             bounded_BT = (advantage_BT < 0) & (policy_BT > bound_BT)
             policy_BT = jnp.where(bounded_BT, bound_BT, policy_BT)
             metrics["actor/pg_clipfrac_lower"] = masked_mean(bounded_BT.astype(jnp.float32), action_BT)
-        return self.assemble(policy_BT, stats, batch, metrics)
+        return self.corrected(policy_BT, stats, batch, metrics)
