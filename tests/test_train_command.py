@@ -19,12 +19,13 @@ import pytest
 
 from models.test_hf import write
 from ppojax.cli import run_command
+from ppojax.envs import Calculator
 from ppojax.models.tokenizer import char_tokenizer
 from ppojax.runtime.checkpoint import Checkpoints
 from ppojax.runtime.metrics import read_metrics
 from ppojax.runtime.transcripts import read_transcripts
 from ppojax.train import main
-from ppojax.trainer import Trainer
+from ppojax.trainer import Trainer, playing
 from tiny_config import tiny, tiny_run
 
 # And what is told of a checkpoint with the step after it, which a killed run never tells.
@@ -194,6 +195,26 @@ def test_a_prompt_over_the_limit(tmp_path: Path, capsys: pytest.CaptureFixture[s
     got, line = fault(capsys, *tiny_run(tmp_path, *small, "env.prompt='Please add {question} for me'"))
     assert got == 3 and "tokens, rollout.max_tokens leaves room for 6" in line
     assert list(tmp_path.iterdir()) == []
+
+
+def test_environments_that_fail(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """None that can start is a fault of the data before anything is written; too many that fail later are one too."""
+    monkeypatch.setattr(playing, "PAUSE_S", 0.0)
+    with monkeypatch.context() as patch:
+        patch.setattr(Calculator, "make", lambda self: (_ for _ in ()).throw(OSError("no licence")))
+        got, line = fault(capsys, *tiny_run(tmp_path, "warm_start=null"))
+    assert got == 3 and line.startswith("env: none of the 8 tasks that were tried can be started, expected some; ")
+    assert line.endswith("(OSError: no licence): mend the environment or its tasks")
+    assert list(tmp_path.iterdir()) == []
+    monkeypatch.setattr(type(Calculator().make()), "step", lambda self, message: None)
+    got, line = fault(capsys, *tiny_run(tmp_path, "warm_start=null", "rollout.retries=1"))
+    assert got == 3 and line.startswith(
+        "rollout: too much failed 2 times in a row, the last time 100% of the episodes ("
+    )
+    record = json.loads((tmp_path / "run" / "exit.json").read_text())
+    assert (record["code"], record["reason"], record["step"]) == (3, line, 0)
 
 
 def test_a_run_that_diverges(

@@ -123,6 +123,16 @@ class Tokenizer:
         ids = self._cut(self._after_dummy(broken, generation=True), self._all_markers, mark)
         return ids[self._skip_closing :] if ended else ids
 
+    def at_least(self, messages: Messages) -> int:
+        """Bound the tokens of messages from below: their characters over those of the longest token."""
+        contents = (m.get("content") for m in messages)
+        return sum(len(text) for text in contents if isinstance(text, str)) // self.longest
+
+    @cached_property
+    def longest(self) -> int:
+        """Characters of the longest token."""
+        return max(map(len, self._full.get_vocab(with_added_tokens=True)))
+
     def fingerprint(self) -> str:
         """Hash what decides over ids: the vocabulary, the template, and how a probe text is encoded (sha256)."""
         vocabulary = sorted((i, t) for t, i in self._full.get_vocab(with_added_tokens=True).items())

@@ -16,14 +16,15 @@ from typing import Any
 import jax
 import numpy as np
 
-from ppojax.envs import Env, EnvConfig, Reset, Task
+from ppojax.envs import EnvConfig, Reset, Task
 from ppojax.errors import DataError
 from ppojax.models.forward import Params
 from ppojax.models.tokenizer import Tokenizer
 from ppojax.rollout.compaction import Compactor
 from ppojax.rollout.decode import Turns, begin_turn, decode, no_turns
-from ppojax.rollout.episode import Episode, Tail
+from ppojax.rollout.episode import Episode, LateEnv, Tail
 from ppojax.rollout.feed import feed, share_prompts
+from ppojax.rollout.prompts import ANY_THAT_FITS, LongPromptError, Prompt, PromptLimit
 from ppojax.rollout.sampler import SamplerDef, empty, record_shapes
 from ppojax.rollout.workers import PROMPT_S, Job, Workers
 from ppojax.types import Ending, Messages, Rollout
@@ -44,6 +45,7 @@ class Collector:
     env_timeout_s: float | None = None  # of a reset or a step, in a thread
     share_prompts: bool = True  # episodes that begin alike have their prompt read once
     compactor: Compactor | None = None  # what replaces the history of a full context
+    prompt_limit: PromptLimit = ANY_THAT_FITS
 
     def __call__(self, params: Params, tasks: Sequence[Task], key: jax.Array) -> Rollout:
         """Play `group_size` episodes of each task to their end.
@@ -51,7 +53,8 @@ class Collector:
         Rows are in the order of the tasks, those of an episode one after another.
 
         Raises:
-            DataError: a prompt leaves no room for a turn in the cache, or too many environments hang.
+            DataError: a prompt is too long (see `PromptLimit`), the episodes of a task begin differently, or too many
+                environments hang.
         """
         start = time.perf_counter()
         play, whole = _Play(self, params, key), False
@@ -62,24 +65,9 @@ class Collector:
             play.close(wait=whole)
         return play.rollout(time.perf_counter() - start)
 
-    def prompt(self, task: Task, env: Env) -> tuple[Messages, list[int]]:
-        """Start a task and render its prompt (see `render`)."""
-        reset = env.reset(task)
-        return list(reset.messages), self.render(task, reset)
-
-    def render(self, task: Task, reset: Reset) -> list[int]:
-        """Write how an episode starts as tokens.
-
-        Raises:
-            DataError: the prompt leaves no room for a turn in the cache.
-        """
-        ids, room = self.tokenizer.render(reset.messages, reset.tools), self.sampler.positions
-        if len(ids) >= room:
-            raise DataError(
-                f"task {task.id}: its prompt has {len(ids)} tokens, rollout.max_tokens leaves room for "
-                f"{room - 1}: raise rollout.max_tokens or shorten the task"
-            )
-        return ids
+    def render(self, task: Task, reset: Reset) -> Prompt:
+        """Write how an episode starts as tokens, with room for a turn behind them (see `PromptLimit.render`)."""
+        return self.prompt_limit.render(self.tokenizer, task, reset, self.sampler.positions - 1)
 
 
 class _Play:
@@ -137,6 +125,8 @@ class _Play:
         errors = Counter(e.info["error"] for e in self.episodes if e.ending == Ending.ERROR)
         metrics = {f"error/{name}": float(count) for name, count in errors.items()}
         metrics["timing_s/gen"], metrics["timing_s/env_wait"] = seconds, self.workers.waited_s
+        if self.collector.prompt_limit.policy == "truncate":
+            metrics["data/prompts_cut"] = float(len({e.group for e in self.episodes if e.info.get("prompt_cut")}))
         metrics["perf/slot_use"] = self.written / max(self.passes * self.collector.slots, 1)
         return Rollout(tuple(row for e in self.episodes for row in e.rows()), metrics)
 
@@ -145,7 +135,8 @@ class _Play:
         self.tasks, size = tasks, self.collector.group_size
         nothing = jax.tree.map(lambda kept: np.zeros(kept.shape, kept.dtype), record_shapes(self.sampler, 0))
         for number in range(len(tasks) * size):
-            episode = Episode(self.collector.env.make(), number // size, number, [], [], recorded=[nothing])
+            env = LateEnv(self.collector.env.make)
+            episode = Episode(env, number // size, number, [], [], recorded=[nothing])
             self.episodes.append(episode)
             self._ask(episode, partial(episode.env.reset, tasks[episode.group]))
 
@@ -176,12 +167,12 @@ class _Play:
         if close:
             self.workers.submit(episode.close, None)
 
-    def _started(self, episode: Episode, reset: Reset) -> None:
+    def _started(self, episode: Episode, reset: Any) -> None:
         task = self.tasks[episode.group]
         try:
-            ids, episode.messages = self.collector.render(task, reset), list(reset.messages)
-            episode.reset = reset
-        except DataError:
+            ids, episode.messages, cut = self.collector.render(task, reset)
+            episode.reset = Reset(list(episode.messages), reset.tools)
+        except LongPromptError:
             raise
         except Exception as error:  # an environment is user code: its failure ends its own episode only
             episode.fail(error)
@@ -192,6 +183,7 @@ class _Play:
                 f"make reset depend on the task alone, or set rollout.group_size=1"
             )
         episode.write(ids, action=False)
+        episode.info |= {"prompt_cut": True} if cut else {}
         self.ready.append(episode)
 
     def _observe(self, episode: Episode, step: Any) -> None:
@@ -199,17 +191,18 @@ class _Play:
         new, tokenizer = episode.hear(step), self.collector.tokenizer
         if episode.ending is not None:
             return
-        try:
-            suffix = tokenizer.suffix(new, ended=episode.token[-1] in tokenizer.eos_ids)
-        except DataError as error:  # what the environment said cannot be written in this vocabulary
+        try:  # a text of a million characters is not encoded to find that no row can hold it
+            fits = tokenizer.at_least(new) < self.sampler.positions
+            suffix = tokenizer.suffix(new, ended=episode.token[-1] in tokenizer.eos_ids) if fits else []
+        except Exception as error:  # an environment may say anything, such as what this vocabulary cannot write
             episode.fail(error)
             return
         compactor, tokens = self.collector.compactor, len(episode.token) + len(suffix)
-        if compactor is not None and compactor.due(episode, tokens):
+        if fits and compactor is not None and compactor.due(episode, tokens):
             self._compact(compactor, episode, new, suffix)
             return
-        if tokens >= self.sampler.positions:
-            episode.ending = Ending.TRUNCATED
+        if not fits or tokens >= self.sampler.positions:
+            episode.drop(new)
             return
         self._write(episode, suffix)
         self._begin_turn(episode)

@@ -6,8 +6,7 @@ that follows it and is never an action.
 
 from __future__ import annotations
 
-import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
@@ -15,10 +14,12 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from ppojax.envs import Env, Reset, Step
+from ppojax.envs import Env, Reset, Step, Task
+from ppojax.rollout.prompts import check_messages
 from ppojax.types import Ending, Messages, Recorded, Row
 
 SEEDS = 2**20  # episodes of a call, at most, so that each segment of each has randomness of its own
+MAX_REWARD = 1e18  # its square is finite in float32
 
 
 class Turn(NamedTuple):
@@ -35,6 +36,28 @@ class Tail:
     token: list[int]
     messages: Messages
     turns: list[Turn]  # counted from its start
+
+
+class LateEnv:
+    """An environment that is made when its episode starts: that takes time, and fails, where a reset does."""
+
+    def __init__(self, make: Callable[[], Env]) -> None:
+        self._make, self._env = make, None
+
+    def reset(self, task: Task) -> Reset:
+        """Make the environment and start an episode."""
+        self._env = self._make()
+        return self._env.reset(task)
+
+    def step(self, message: dict[str, Any]) -> Step:
+        """Answer an assistant message."""
+        assert self._env is not None, "reset comes before step"
+        return self._env.step(message)
+
+    def close(self) -> None:
+        """Free what the episode held, if it came to that."""
+        if self._env is not None:
+            self._env.close()
 
 
 @dataclass(eq=False)
@@ -79,12 +102,13 @@ class Episode:
 
     def say(self, text: str) -> dict[str, Any]:
         """End the turn: what it says as a message, for the environment."""
-        message = {"role": "assistant", "content": text}
+        message = {"role": "assistant", "content": text, "tokens": len(self.token) - self.turns[-1].token}
         self.messages.append(message)
         return message
 
     def act(self, ids: list[int], logp: list[float], text: str) -> Messages:
         """Append a turn, let the environment answer, and return its new messages (empty when it is over)."""
+        self.begin_turn()
         self.write(ids, action=True, logp=logp)
         message = self.say(text)
         try:
@@ -93,7 +117,7 @@ class Episode:
             return self.fail(error)
         return self.hear(step)
 
-    def hear(self, step: Step) -> Messages:
+    def hear(self, step: Any) -> Messages:
         """Take an environment's answer; return its new messages (empty when the episode is over)."""
         try:
             return self._take(step)
@@ -101,8 +125,10 @@ class Episode:
             return self.fail(error)
 
     def _take(self, step: Step) -> Messages:
-        if not math.isfinite(step.reward):
-            raise ValueError(f"reward {step.reward}")
+        numbers = [v for name, v in step.info.items() if name.startswith(("reward/", "failed/"))]
+        if not all(abs(float(v)) <= MAX_REWARD for v in (step.reward, *numbers)):
+            raise ValueError(f"reward {step.reward}, of parts {numbers}")
+        check_messages(step.messages)
         self.reward[-1] += step.reward
         self.info.update(step.info)
         self.messages += step.messages
@@ -114,8 +140,13 @@ class Episode:
     def fail(self, error: BaseException) -> Messages:
         """End the episode as an error, out of the loss and the group statistics."""
         self.ending = Ending.ERROR
-        self.info["error"] = type(error).__name__
+        self.info |= {"error": type(error).__name__, "error_text": " ".join(str(error).split())[:200]}
         return []
+
+    def drop(self, new: Messages) -> None:
+        """End the episode before messages that there is no room for."""
+        self.ending = Ending.TRUNCATED
+        del self.messages[len(self.messages) - len(new) :]
 
     def cut(self, prompt: list[int], messages: Messages, tail: Tail) -> None:
         """End this row, and go on in another one: its prompt, then the tail."""

@@ -67,6 +67,21 @@ class RolloutConfig(Component):
     group_size: int = Field(default=4, ge=1, description="episodes a task")
     max_turn_tokens: int = Field(default=64, ge=1, description="tokens of one assistant turn, at most")
     max_tokens: int = Field(default=512, ge=8, description="tokens of a row (prompt, turns and observations), at most")
+    max_prompt_tokens: int | None = Field(
+        default=None, ge=1, description="tokens of a prompt, at most; null: as many as leave room for a turn's first"
+    )
+    long_prompts: Literal["error", "drop", "truncate"] = Field(
+        default="error",
+        description="what is done with longer prompts; drop: their episodes fail, counted as error/LongPrompt; "
+        "truncate: the longest message loses its middle, counted as data/prompts_cut",
+    )
+    max_failed: float = Field(
+        default=0.2,
+        ge=0,
+        le=1,
+        description="share of a step's episodes that may fail; with more, the step is tried again with other tasks",
+    )
+    retries: int = Field(default=3, ge=0, description="times in a row that this is done before the run ends")
     temperature: float = Field(default=1.0, gt=0, description="sampling temperature; also divides the trainer's logits")
     prompt_bucket: int = Field(
         default=16,

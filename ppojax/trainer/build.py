@@ -18,9 +18,11 @@ from ppojax.models.forward import ModelDef, Params
 from ppojax.models.lora import split
 from ppojax.models.pretrained import Loaded, load_model
 from ppojax.models.tokenizer import Tokenizer
+from ppojax.rollout.check import check_tasks
 from ppojax.rollout.collect import Collector
 from ppojax.rollout.compaction import Compactor
 from ppojax.rollout.draw import Cuts
+from ppojax.rollout.prompts import PromptLimit
 from ppojax.rollout.sampler import SamplerDef
 from ppojax.rollout.stop import stop_table
 from ppojax.runtime.allocator import keep_freed_memory
@@ -73,7 +75,7 @@ def build(config: Config) -> tuple[Parts, States]:
 
     Raises:
         ConfigError: the mesh has too many devices or does not divide the model, or the environment lacks what it needs.
-        DataError: weights, tokenizer or tasks cannot be used, or a prompt is too long.
+        DataError: weights, tokenizer or tasks cannot be used, a prompt is too long, or no episode can be started.
     """
     if config.run.compilation_cache is not None:
         enable_compilation_cache(config.run.compilation_cache)
@@ -105,10 +107,8 @@ def build(config: Config) -> tuple[Parts, States]:
         actor_base,
         critic_base,
     )
-    for task in (*parts.train_tasks[:CHECKED_PROMPTS], *parts.eval_tasks[:CHECKED_PROMPTS]):
-        env = config.env.make()
-        parts.collector.prompt(task, env)
-        env.close()
+    for tasks in (parts.train_tasks, parts.eval_tasks):
+        check_tasks(parts.collector, tasks[:CHECKED_PROMPTS])
     return parts, states
 
 
@@ -163,6 +163,7 @@ def make_collector(config: Config, model: ModelDef, tokenizer: Tokenizer, mesh: 
         rollout.workers,
         rollout.env_timeout_s,
         compactor=_compactor(config, tokenizer, sampler),
+        prompt_limit=PromptLimit(rollout.max_prompt_tokens, rollout.long_prompts),
     )
 
 

@@ -13,7 +13,7 @@ from ppojax.envs import Task
 from ppojax.models.forward import Params
 from ppojax.rollout.collect import Collector
 from ppojax.trainer.build import greedy, plain
-from ppojax.types import Row
+from ppojax.types import Ending, Row
 
 
 def wilson(successes: int, trials: int, z: float = 1.959964) -> tuple[float, float]:
@@ -42,18 +42,25 @@ def pass_at_k(correct: Sequence[int], samples: int, k: int) -> float:
 def evaluate_greedy(
     collector: Collector, params: Params, tasks: Sequence[Task], key: jax.Array
 ) -> tuple[dict[str, float], Sequence[Row]]:
-    """Success of the most likely answer, with its interval, and the mean reward."""
+    """Success of the most likely answer, with its interval, and the mean reward; a failed episode has neither."""
     played = greedy(collector)(params, tasks, key).rows
-    successes = sum(bool(row.info.get("success", False)) for row in played)
-    low, high = wilson(successes, len(played))
+    ends = _ends(played)
+    successes = sum(bool(row.info.get("success", False)) for row in ends)
+    low, high = wilson(successes, len(ends))
     metrics = {
-        "val/success": successes / len(played),
+        "val/success": successes / len(ends),
         "val/success_low": low,
         "val/success_high": high,
-        "val/reward/mean": float(np.mean([row.reward.sum() for row in played])),
-        "val/tasks": float(len(played)),
+        "val/reward/mean": float(sum(row.reward.sum() for row in played) / len(ends)),
+        "val/tasks": float(len(ends)),
+        "val/error_frac": float(np.mean([row.ending == Ending.ERROR for row in ends])),
     }
     return metrics, played
+
+
+def _ends(rows: Sequence[Row]) -> list[Row]:
+    """The last row of each episode."""
+    return list({row.episode: row for row in rows}.values())
 
 
 def evaluate_samples(
@@ -61,7 +68,7 @@ def evaluate_samples(
 ) -> dict[str, float]:
     """pass@k for k = 1, 2, 4, ... up to `samples` draws a task, at the sampling temperature."""
     many = replace(plain(collector), group_size=samples)
-    played = many(params, tasks, key).rows
+    played = _ends(many(params, tasks, key).rows)
     success = np.array([bool(row.info.get("success", False)) for row in played]).reshape(-1, samples)
     correct = [int(c) for c in success.sum(1)]
     powers = [2**i for i in range(samples.bit_length()) if 2**i <= samples]

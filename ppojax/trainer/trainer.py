@@ -6,7 +6,7 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 import jax
@@ -28,6 +28,7 @@ from ppojax.rollout.sync import sampler_params
 from ppojax.rollout.tasks import task_stream
 from ppojax.runtime.compiling import compile_metrics
 from ppojax.trainer.build import DROP_ACTOR, DROP_CRITIC, SAMPLE, States, build, build_critic, dropout_key, purpose_key
+from ppojax.trainer.playing import play_batch
 from ppojax.trainer.warm_start import warm_start
 from ppojax.types import Batch, Experience, Layout, Rollout, Row
 from ppojax.update.actor import actor_step
@@ -89,6 +90,7 @@ class Trainer:
 
         Raises:
             DivergedError: too many updates in a row had gradients that are not finite.
+            DataError: a prompt is too long, or too many episodes fail (see `play_batch`).
         """
         config, parts, states = self.config, self.parts, self.states
         self._seconds = {}
@@ -97,7 +99,7 @@ class Trainer:
 
         played = self._sync()
         with self._timed("gen"):
-            rollout = parts.collector(played, next(self.stream), key)
+            rollout = play_batch(partial(parts.collector, played), self.stream, key, config.rollout)
         heads = self._heads(played)
         del played  # where it is a copy, it is not needed in the update
         group = config.rollout.group_size if config.update.shared_prefix else 1

@@ -154,7 +154,7 @@ def test_a_prompt_without_room_is_refused() -> None:
         collector(random_policy(), [scripted_task("0123456789", ("done", 1.0))], KEY)
     assert str(caught.value) == (
         "task 0123456789: its prompt has 13 tokens, rollout.max_tokens leaves room for 11: "
-        "raise rollout.max_tokens or shorten the task"
+        "raise rollout.max_tokens, shorten the task, or set rollout.long_prompts=drop or truncate"
     )
     collector_of(positions=14)(random_policy(), [scripted_task("0123456789", ("done", 1.0))], KEY)
 
