@@ -91,7 +91,7 @@ def test_the_command_leaves_a_table_and_a_record(run: RunDir, capsys: pytest.Cap
     metrics = record.pop("metrics")
     assert record == {"checkpoint": 1, "prompts": 3, "samples": 3, "seed": 0, "temperature": 1.0}
     assert set(metrics) == {
-        *("val/success", "val/success_low", "val/success_high", "val/reward/mean", "val/tasks"),
+        *("val/success", "val/success_low", "val/success_high", "val/reward/mean", "val/tasks", "val/error_frac"),
         *("val/pass@1", "val/pass@2"),
     }
     assert metrics["val/tasks"] == 3
