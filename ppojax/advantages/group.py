@@ -6,20 +6,21 @@ from typing import ClassVar, Literal
 
 from pydantic import Field
 
+from ppojax.advantages.chain import Chains, earned, over_rows
 from ppojax.component import Component
 from ppojax.lazy import Bool, Float, Int, jax, jnp
 from ppojax.types import Advantage, Experience
 
 
 class Group(Component):
-    """Return of a row against its group's: GRPO (mean, std), Dr.GRPO (mean, none), RLOO (leave_one_out, none)."""
+    """Return of an episode against its group's: GRPO (mean, std), Dr.GRPO (mean, none), RLOO (leave_one_out, none)."""
 
     needs_values: ClassVar[bool] = False
-    gamma: ClassVar[float] = 1.0  # a return is the plain sum of a row's rewards
+    gamma: ClassVar[float] = 1.0  # a return is the plain sum of an episode's rewards
 
     type: Literal["group"] = "group"
     baseline: Literal["mean", "leave_one_out"] = Field(
-        default="mean", description="mean: of the whole group; leave_one_out: of its other rows"
+        default="mean", description="mean: of the whole group; leave_one_out: of its other episodes"
     )
     scale: Literal["std", "none"] = Field(
         default="std", description="std: divide by the group's standard deviation (n - 1)"
@@ -27,30 +28,34 @@ class Group(Component):
     epsilon: float = Field(default=1e-6, ge=0, description="added to the standard deviation")
 
     def __call__(self, experience: Experience) -> Advantage:
-        """Compare each row's return R (the sum of its rewards) with the n valid rows of its group.
+        """Compare each episode's return R (the sum of its rewards) with the n valid episodes of its group.
 
             mean            A = R - mean(R)                      (arXiv 2402.03300, section 4.1.2)
             leave_one_out   A = R - mean of the others           = n / (n - 1) (R - mean(R))     (arXiv 2402.14740)
             scale = std     A / (std(R) + epsilon)
 
-        A is the same on all action tokens of a row, and 0 elsewhere. It is 0 for rows that are not valid, which leave
-        the statistics, for a group of one, and for a group whose returns are all equal. There is no critic target.
-        Stop-gradiented.
+        A is the same on all action tokens of an episode, in all its rows where it was cut, and 0 elsewhere. It is 0 for
+        rows that are not valid, which leave the statistics, for a group of one, and for a group whose returns are all
+        equal. There is no critic target. Stop-gradiented.
         """
-        return_B = jnp.sum(jnp.where(experience.action_BT, experience.reward_BT, 0.0), axis=1)
-        advantage_B = self._advantage(return_B, experience.valid_B, experience.group_B)
-        advantage_BT = jnp.where(experience.action_BT, advantage_B[:, None], 0.0)
+        chains, valid_B = Chains.of(experience), experience.valid_B
+        episode_BB = chains.later_BB | chains.later_BB.T | jnp.eye(len(valid_B), dtype=bool)
+        first_B = valid_B & ~chains.later_BB.any(axis=0)
+        return_B = over_rows(episode_BB, earned(experience))
+        advantage_B = self._advantage(return_B, first_B, experience.group_B)
+        advantage_BT = jnp.where(experience.action_BT & valid_B[:, None], advantage_B[:, None], 0.0)
         return Advantage(jax.lax.stop_gradient(advantage_BT))
 
     def _advantage(
-        self, return_B: Float[jax.Array, " B"], valid_B: Bool[jax.Array, " B"], group_B: Int[jax.Array, " B"]
+        self, return_B: Float[jax.Array, " B"], counted_B: Bool[jax.Array, " B"], group_B: Int[jax.Array, " B"]
     ) -> Float[jax.Array, " B"]:
+        """Advantages of all rows by the statistics of those that are counted, one of each episode."""
         rows = return_B.shape[0]
         # Group ids may be any integers; within the batch there are at most as many groups as rows.
         _, index_B = jnp.unique(group_B, return_inverse=True, size=rows)
 
         def over_group(x_B: jax.Array) -> jax.Array:
-            return jax.ops.segment_sum(jnp.where(valid_B, x_B, 0.0), index_B, num_segments=rows)[index_B]
+            return jax.ops.segment_sum(jnp.where(counted_B, x_B, 0.0), index_B, num_segments=rows)[index_B]
 
         count_B = over_group(jnp.ones_like(return_B))
         centered_B = return_B - over_group(return_B) / jnp.maximum(count_B, 1.0)
@@ -62,6 +67,6 @@ class Group(Component):
             deviation_B = jnp.sqrt(over_group(jnp.square(centered_B)) / others_B)
             advantage_B = advantage_B / jnp.maximum(deviation_B + self.epsilon, jnp.finfo(jnp.float32).tiny)
         # Exact, where a mean that does not round to the common return would leave a residue to be scaled up.
-        top_B = jax.ops.segment_max(jnp.where(valid_B, return_B, -jnp.inf), index_B, num_segments=rows)[index_B]
-        low_B = jax.ops.segment_min(jnp.where(valid_B, return_B, jnp.inf), index_B, num_segments=rows)[index_B]
-        return jnp.where(valid_B & (top_B > low_B), advantage_B, 0.0)
+        top_B = jax.ops.segment_max(jnp.where(counted_B, return_B, -jnp.inf), index_B, num_segments=rows)[index_B]
+        low_B = jax.ops.segment_min(jnp.where(counted_B, return_B, jnp.inf), index_B, num_segments=rows)[index_B]
+        return jnp.where(top_B > low_B, advantage_B, 0.0)

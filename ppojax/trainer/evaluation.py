@@ -43,24 +43,20 @@ def evaluate_greedy(
     collector: Collector, params: Params, tasks: Sequence[Task], key: jax.Array
 ) -> tuple[dict[str, float], Sequence[Row]]:
     """Success of the most likely answer, with its interval, and the mean reward; a failed episode has neither."""
-    played = greedy(collector)(params, tasks, key).rows
-    ends = _ends(played)
-    successes = sum(bool(row.info.get("success", False)) for row in ends)
-    low, high = wilson(successes, len(ends))
+    played = greedy(collector)(params, tasks, key)
+    episodes = played.episodes()
+    good = [episode for episode in episodes if not _failed(episode)]
+    successes = sum(map(_success, good))
+    low, high = wilson(successes, len(episodes))
     metrics = {
-        "val/success": successes / len(ends),
+        "val/success": successes / len(episodes),
         "val/success_low": low,
         "val/success_high": high,
-        "val/reward/mean": float(sum(row.reward.sum() for row in played) / len(ends)),
-        "val/tasks": float(len(ends)),
-        "val/error_frac": float(np.mean([row.ending == Ending.ERROR for row in ends])),
+        "val/reward/mean": float(sum(row.reward.sum() for episode in good for row in episode) / len(episodes)),
+        "val/tasks": float(len(episodes)),
+        "val/error_frac": 1.0 - len(good) / len(episodes),
     }
-    return metrics, played
-
-
-def _ends(rows: Sequence[Row]) -> list[Row]:
-    """The last row of each episode."""
-    return list({row.episode: row for row in rows}.values())
+    return metrics, played.rows
 
 
 def evaluate_samples(
@@ -68,8 +64,16 @@ def evaluate_samples(
 ) -> dict[str, float]:
     """pass@k for k = 1, 2, 4, ... up to `samples` draws a task, at the sampling temperature."""
     many = replace(plain(collector), group_size=samples)
-    played = _ends(many(params, tasks, key).rows)
-    success = np.array([bool(row.info.get("success", False)) for row in played]).reshape(-1, samples)
+    played = many(params, tasks, key)
+    success = np.array([_success(episode) for episode in played.episodes()]).reshape(-1, samples)
     correct = [int(c) for c in success.sum(1)]
     powers = [2**i for i in range(samples.bit_length()) if 2**i <= samples]
     return {f"val/pass@{k}": pass_at_k(correct, samples, k) for k in powers}
+
+
+def _failed(episode: Sequence[Row]) -> bool:
+    return episode[-1].ending == Ending.ERROR
+
+
+def _success(episode: Sequence[Row]) -> bool:
+    return not _failed(episode) and bool(episode[-1].info.get("success", False))

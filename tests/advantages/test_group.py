@@ -6,6 +6,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from segments import Segment, batch_of, random_rows
 
 from ppojax.advantages import Group
 from small_batch import experience_of
@@ -73,3 +76,56 @@ def test_fractional_rewards_survive():
 def test_all_rows_failed():
     e = rows([1, 2], [0, 0], valid=[False, False])
     np.testing.assert_array_equal(per_row(Group()(e)), 0)
+
+
+VARIANTS = [Group(baseline=b, scale=s) for b in ("mean", "leave_one_out") for s in ("std", "none")]
+
+
+@pytest.fixture(scope="module")
+def every_variant():
+    return jax.jit(lambda e: [group(e).advantage_BT for group in VARIANTS])
+
+
+def by_hand(group: Group, rows: list[Segment], groups: list[int]) -> list[float]:
+    """Float64, episode by episode: the advantage of each row's actions."""
+    returns: dict[int, dict[int, float]] = {}
+    for row, g in zip(rows, groups, strict=True):
+        if row.valid:
+            episodes = returns.setdefault(g, {})
+            episodes[row.episode] = episodes.get(row.episode, 0.0) + float(row.reward.sum())
+    out = []
+    for row, g in zip(rows, groups, strict=True):
+        R = list(returns.get(g, {}).values())
+        if not row.valid or len(R) < 2 or max(R) == min(R):
+            out.append(0.0)
+            continue
+        own = returns[g][row.episode]
+        A = own - (np.mean(R) if group.baseline == "mean" else (sum(R) - own) / (len(R) - 1))
+        out.append(A / (np.std(R, ddof=1) + group.epsilon) if group.scale == "std" else A)
+    return out
+
+
+@settings(max_examples=10, deadline=None)
+@given(seed=st.integers(0, 10**6))
+def test_an_episode_of_several_rows_counts_once(every_variant, seed):
+    """Chains of ragged length in ragged groups, in any order: rewards add up over rows, and all rows get the same."""
+    rows = random_rows(seed)
+    for row in rows:
+        row.reward = np.round(row.reward)
+    groups = [row.episode % 3 for row in rows]
+    e = batch_of(rows)
+    e = e._replace(group_B=jnp.asarray(groups + [99] * (len(e.group_B) - len(rows)), jnp.int32))
+    for group, advantage_BT in zip(VARIANTS, every_variant(e), strict=True):
+        for b, (row, expected) in enumerate(zip(rows, by_hand(group, rows, groups), strict=True)):
+            n = len(row.action)
+            # float32 sums of a few whole numbers, a root and a division
+            np.testing.assert_allclose(advantage_BT[b, :n], np.where(row.action, expected, 0), rtol=2e-6, atol=2e-6)
+
+
+def test_rows_of_an_episode_have_the_same_advantage_to_the_bit(every_variant):
+    rows = random_rows(3)
+    e = batch_of(rows)._replace(group_B=jnp.zeros(12, jnp.int32))
+    for advantage_BT in every_variant(e):
+        for episode in {row.episode for row in rows}:
+            mine = [advantage_BT[b, : len(r.action)][r.action] for b, r in enumerate(rows) if r.episode == episode]
+            assert len(set(np.concatenate(mine).tolist())) <= 1

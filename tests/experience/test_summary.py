@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from itertools import count
+
 import numpy as np
 import pytest
 
+from ppojax.advantages.chain import Chains
 from ppojax.experience.summary import advantage_metrics, rollout_metrics, to_go
 from ppojax.types import Batch, Ending, Row
 from small_batch import experience_of
 
 ACTION = [[0, 1, 1, 0, 1, 0], [0, 0, 1, 0, 0, 0], [0, 0, 0, 0, 0, 0]]
 REWARD = [[0, 0.5, 0, 9, 0.25, 0], [0, 0, 0.1, 0, 0, 0], [0, 0, 0, 0, 0, 7]]
+EPISODES = count()
 
 
 def test_returns_run_over_actions_only() -> None:
@@ -53,7 +58,7 @@ def test_explained_variance_of_a_perfect_and_of_an_ignorant_critic() -> None:
 
 def row_of(info: dict, ending: Ending = Ending.TERMINATED) -> Row:
     n = np.zeros(2, np.float32)
-    return Row(n.astype(np.int32), n.astype(bool), n, n, 0, 0, 0, ending, info=info)
+    return Row(n.astype(np.int32), n.astype(bool), n, n, 0, next(EPISODES), 0, ending, info=info)
 
 
 def test_parts_of_rewards_are_logged() -> None:
@@ -78,7 +83,7 @@ def row(reward: float, written: int, prompt: int, group: int, ending: Ending, **
     zeros = np.zeros(prompt + written)
     messages = [{"role": "user", "content": ""}, {"role": "assistant", "content": ""}]
     token, logp = zeros.astype(np.int32), zeros.astype(np.float32)
-    return Row(token, action, logp, rewards, group, 0, 0, ending, messages, dict(info))
+    return Row(token, action, logp, rewards, group, next(EPISODES), 0, ending, messages, dict(info))
 
 
 def test_rollout_metrics() -> None:
@@ -112,6 +117,53 @@ def test_turns_are_those_of_the_policy_and_clipped_ones_count() -> None:
     """Messages of an example in the prompt are nobody's turns; a turn at its limit counts however the row ended."""
     plain = row(1.0, 4, 3, 0, Ending.TERMINATED)
     action = np.array([0, 0, 1, 1, 0, 1, 1], bool)
-    two = Row(**{**vars(plain), "action": action, "messages": [{"role": "assistant", "content": ""}] * 9})
+    messages = [{"role": "assistant", "content": ""}] * 9
+    two = replace(plain, episode=next(EPISODES), action=action, messages=messages)
     got = rollout_metrics([two, Row(**{**vars(plain), "clipped": True})])
     assert got["num_turns/mean"] == 1.5 and got["response_length/clip_ratio"] == 0.5
+
+
+def test_episodes_count_once_however_many_rows_they_have() -> None:
+    """Sums over an episode's rows; the first one's prompt, the last one's info and ending; nothing of failed ones."""
+    first, second, third = row(0.5, 4, 3, 0, Ending.CUT), row(0.25, 2, 9, 0, Ending.CUT), row(1.0, 6, 7, 0, Ending(1))
+    chain = [replace(r, episode=7, segment=s, info={"success": s == 2}) for s, r in enumerate((first, second, third))]
+    whole = row(0.75, 8, 5, 0, Ending.TERMINATED)
+    failed = [replace(r, episode=8, segment=s, ending=Ending.ERROR) for s, r in enumerate((first, second))]
+    got = rollout_metrics([chain[2], failed[1], whole, chain[0], failed[0], chain[1]])
+    assert got == {
+        "reward/mean": 1.25,
+        "reward/std": 0.5,
+        "reward/max": 1.75,
+        "reward/min": 0.75,
+        "reward/success": 0.5,
+        "reward/frac_zero_std": 0.0,
+        "response_length/mean": 10.0,
+        "response_length/max": 12.0,
+        "response_length/min": 8.0,
+        "response_length/clip_ratio": 0.5,
+        "prompt_length/mean": 4.0,
+        "num_turns/mean": 2.0,
+        "error/frac": pytest.approx(1 / 3),
+        "compaction/segments_mean": 2.0,
+        "compaction/segments_max": 3.0,
+        "compaction/frac": 0.5,
+    }
+
+
+@pytest.mark.parametrize("gamma", [1.0, 0.5])
+def test_returns_run_along_chains(gamma: float) -> None:
+    """Rows 3, 0, 2 of one episode, of which the middle one has no action; row 1 was cut, and nothing goes on."""
+    action = [[0, 0, 0, 0], [0, 1, 0, 0], [0, 1, 0, 1], [1, 0, 1, 0]]
+    reward = [[0, 0, 0, 0], [0, 4, 0, 0], [0, 0.5, 0, 2], [0.25, 0, 1, 0]]
+    cut, over = Ending.CUT, Ending.TERMINATED
+    e = experience_of(action, reward=reward, ending=[cut, cut, over, cut], value=np.zeros((1, 4, 4)))
+    e = e._replace(episode_B=np.array([5, 6, 5, 5]), segment_B=np.array([1, 0, 2, 0]))
+    host = e._replace(valid_B=np.ones(4, bool), ending_B=np.array([cut, cut, over, cut]))
+    got = to_go(np.array(reward, np.float32), np.array(action, bool), gamma, chains=Chains.of(host))
+    last = [0.5 + gamma * 2, 2]
+    chain = [0.25 + gamma * (1 + gamma * last[0]), 1 + gamma * last[0]]
+    np.testing.assert_allclose(got[3, [0, 2]], chain, rtol=1e-6)
+    np.testing.assert_allclose(got[2, [1, 3]], last, rtol=1e-6)
+    assert got[1, 1] == 4
+    out = advantage_metrics(Batch(e, np.zeros((4, 4), np.float32)), gamma)
+    assert out["critic/returns/mean"] == pytest.approx(np.mean([*chain, *last, 4]), rel=1e-6)

@@ -45,6 +45,7 @@ def test_steps_on_chains() -> None:
         trained = np.asarray(e.action_BT).sum()
         assert trained == sum(row.action.sum() for row in rows)
         assert any(row.ending == Ending.CUT for row in rows)
+        assert out.metrics["compaction/segments_mean"] == len(rows) / 8
     counts = [out.metrics["compile/count"] for out in outs]
     assert counts[-1] == counts[-2], counts
 
