@@ -141,6 +141,7 @@ class Advantage(NamedTuple):
 
     advantage_BT: jax.Array  # float32, 0 off action
     return_MBT: jax.Array | None = None  # float32, the critics' targets; None when no critic is trained
+    explored_BT: jax.Array | None = None  # bool: tokens that an entropy bonus is for; None for all of them
 
 
 class Batch(NamedTuple):
@@ -149,6 +150,8 @@ class Batch(NamedTuple):
     experience: Experience
     advantage_BT: jax.Array
     return_MBT: jax.Array | None = None
+    score_B: jax.Array | None = None  # float32: rewards of the row's episode, all of its rows together
+    entropy_BT: jax.Array | None = None  # float32: the entropy bonus of each token, times; None for 1
 
 
 class TokenStats(NamedTuple):

@@ -43,6 +43,12 @@ def earned(e: Experience) -> Float[jax.Array, " B"]:
     return jnp.sum(jnp.where(e.action_BT, e.reward_BT, 0.0), axis=1)
 
 
+def score_of_episodes(e: Experience) -> Float[jax.Array, " B"]:
+    """Rewards of each row's whole episode."""
+    chains, own_B = Chains.of(e), earned(e)
+    return own_B + over_rows(chains.later_BB, own_B) + over_rows(chains.later_BB.T, own_B)
+
+
 def behind(
     rule: CutRule,
     e: Experience,

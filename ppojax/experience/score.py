@@ -31,6 +31,7 @@ def score(
     layout: Layout,
     temperature: float,
     microbatch_rows: int,
+    logp_ref: bool | None = None,
     hidden_ref: bool = False,
 ) -> Experience:
     """Fill `logp_old_BT`, `logp_ref_BT` and `value_MBT` from the parameters that are given.
@@ -38,7 +39,7 @@ def score(
     Rows go through in microbatches of the update's own shape, so that log-probabilities taken here and there come
     from the same computation. Where the sampler's experts are recorded, policy and reference both replay them: their
     difference is then one of weights, and zero at the start. With `hidden_ref` the reference policy's hidden states at
-    the actions are kept, `hidden_ref_BAD`, instead of its log-probabilities.
+    the actions are kept, `hidden_ref_BAD`, and its log-probabilities only where `logp_ref` says so.
     """
     filled = _score(
         scorers,
@@ -48,12 +49,15 @@ def score(
         layout=layout,
         temperature=temperature,
         microbatch_rows=microbatch_rows,
+        logp_ref=not hidden_ref if logp_ref is None else logp_ref,
         hidden_ref=hidden_ref,
     )
     return filled._replace(recorded=experience.recorded)
 
 
-@partial(jax.jit, static_argnames=("actor", "critic", "layout", "temperature", "microbatch_rows", "hidden_ref"))
+@partial(
+    jax.jit, static_argnames=("actor", "critic", "layout", "temperature", "microbatch_rows", "logp_ref", "hidden_ref")
+)
 def _score(
     scorers: Scorers,
     experience: Experience,
@@ -63,6 +67,7 @@ def _score(
     layout: Layout,
     temperature: float,
     microbatch_rows: int,
+    logp_ref: bool,
     hidden_ref: bool,
 ) -> Experience:
     def logp(params: Params | None, rows: Experience) -> jax.Array | None:
@@ -73,11 +78,11 @@ def _score(
         if scorers.critic is not None:
             assert critic is not None
             value_BMT = jnp.swapaxes(values(critic, scorers.critic, rows, layout), 0, 1)
+        ref, hidden_BAD = scorers.reference, None
         if hidden_ref:
-            assert scorers.reference is not None
-            hidden_BAD, _ = action_states(actor, scorers.reference, rows, layout)
-            return logp(scorers.old, rows), None, value_BMT, hidden_BAD
-        return logp(scorers.old, rows), logp(scorers.reference, rows), value_BMT, None
+            assert ref is not None
+            hidden_BAD, _ = action_states(actor, ref, rows, layout)
+        return logp(scorers.old, rows), logp(ref if logp_ref else None, rows), value_BMT, hidden_BAD
 
     parts = jax.lax.map(one, split_rows(experience, microbatch_rows, layout.group))
     old_BT, ref_BT, value_BMT, hidden_BAD = jax.tree.map(lambda x: join_rows(x, layout.group), parts)

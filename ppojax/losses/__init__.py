@@ -13,7 +13,7 @@ from ppojax.losses.dppo import DPPO
 from ppojax.losses.drpo import DRPO
 from ppojax.losses.gspo import GSPO
 from ppojax.losses.ipo import IPO
-from ppojax.losses.kl import KLPenalty, kl_estimate
+from ppojax.losses.kl import KLPenalty, KLReward, kl_estimate
 from ppojax.losses.minirl import MiniRL
 from ppojax.losses.nll import NLL
 from ppojax.losses.ppo import PPOClip
@@ -37,6 +37,7 @@ __all__ = [
     "Aggregation",
     "Correction",
     "KLPenalty",
+    "KLReward",
     "Loss",
     "MiniRL",
     "PPOClip",

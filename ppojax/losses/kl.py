@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import ClassVar, Literal
 
 from pydantic import Field
 
@@ -81,3 +81,29 @@ class KLPenalty(Component):
             return stats.kl_ref
         assert experience.logp_ref_BT is not None, "the loss has a KL penalty, but logp_ref was not scored"
         return kl_estimate(stats.logp, experience.logp_ref_BT, self.estimator)
+
+
+class KLReward(Component):
+    """Takes the KL to the reference policy off the reward of each action, before advantages are estimated."""
+
+    needs: ClassVar[frozenset[str]] = frozenset({"logp_old", "logp_ref"})
+
+    coefficient: float = Field(default=0.001, ge=0, description="weight of the KL, at the start where it is controlled")
+    estimator: Estimator = Field(
+        default="k1",
+        description="estimate of the KL from the drawn token; only k1 has the right policy gradient",
+    )
+    target: float | None = Field(
+        default=None, gt=0, description="KL of an episode, nats, that the coefficient is moved toward; null: it stays"
+    )
+    horizon: float = Field(default=10_000.0, gt=0, description="episodes over which a coefficient may multiply by e")
+
+    def next(self, coefficient: float, kl: float, episodes: int) -> float:
+        """Move the coefficient after a training step (Ziegler et al. 2019, arXiv 1909.08593, section 2.2).
+
+        coefficient * (1 + error * episodes / horizon),  error = (kl / target - 1) held within +-0.2
+        """
+        if self.target is None:
+            return coefficient
+        error = min(max(kl / self.target - 1.0, -0.2), 0.2)
+        return coefficient * (1.0 + error * episodes / self.horizon)

@@ -119,6 +119,12 @@ class RolloutConfig(Component):
         description="seconds that an environment may take for a reset or step before its episode ends as an error; "
         "null: no limit",
     )
+    dynamic_rounds: int = Field(
+        default=1,
+        ge=1,
+        description="play more tasks, at most so many times as many, until enough groups have episodes with different "
+        "rewards (DAPO's dynamic sampling); 1: take the groups as they are",
+    )
     compaction: Compaction | None = Field(
         default=None,
         description="replace the history of a context that is full, and let the episode go on in another row; null: "

@@ -2,38 +2,34 @@
 
 from __future__ import annotations
 
-import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
 from typing import Any
 
 import jax
-import numpy as np
 
 from ppojax.config import Config
-from ppojax.errors import DataError, DivergedError
+from ppojax.errors import DataError
 from ppojax.experience.batch import make_batch, without_records
-from ppojax.experience.minibatch import minibatches
 from ppojax.experience.pack import lay_out, pack, row_bucket
 from ppojax.experience.score import Scorers, score
 from ppojax.experience.summary import advantage_metrics, rollout_metrics
-from ppojax.models.flops import experience_flops, peak_flops
 from ppojax.models.forward import Heads, Params, head_VD
 from ppojax.models.lora import combine, fingerprint, merge
 from ppojax.models.pretrained import Loaded
 from ppojax.models.settings import CutCritic
+from ppojax.rollout.dynamic import choose, count_varied
 from ppojax.rollout.sync import sampler_params
 from ppojax.rollout.tasks import task_stream
 from ppojax.runtime.compiling import compile_metrics
-from ppojax.trainer.build import DROP_ACTOR, DROP_CRITIC, SAMPLE, States, build, build_critic, dropout_key, purpose_key
+from ppojax.trainer.build import SAMPLE, States, build, build_critic, purpose_key
+from ppojax.trainer.controls import Controls
+from ppojax.trainer.meter import Meter
 from ppojax.trainer.playing import play_batch
+from ppojax.trainer.updates import update_actor, update_critic
 from ppojax.trainer.warm_start import warm_start
 from ppojax.types import Batch, Experience, Layout, Rollout, Row
-from ppojax.update.actor import actor_step
-from ppojax.update.critic import critic_step
-from ppojax.update.state import skipped_in_a_row
 
 
 @dataclass(frozen=True)
@@ -69,7 +65,7 @@ class Trainer:
         self.number = 0  # steps done
         self.reference = self._copy_of_actor()
         self.older = self._copies_to_play()
-        self._seconds: dict[str, float] = {}
+        self.controls = Controls.start(config)
 
     def warm_start(self) -> list[float]:
         """Do the supervised steps that the config asks for, if any; return their losses."""
@@ -92,54 +88,70 @@ class Trainer:
             DivergedError: too many updates in a row had gradients that are not finite.
             DataError: a prompt is too long, or too many episodes fail (see `play_batch`).
         """
-        config, parts, states = self.config, self.parts, self.states
-        self._seconds = {}
-        start = time.perf_counter()
-        key = purpose_key(config.seed, self.number, SAMPLE)
-
-        played = self._sync()
-        with self._timed("gen"):
-            rollout = play_batch(partial(parts.collector, played), self.stream, key, config.rollout)
+        config, parts, states, meter = self.config, self.parts, self.states, Meter()
+        played = self._sync(meter)
+        with meter.timed("gen"):
+            rollout = self._sample(played)
         heads = self._heads(played)
         del played  # where it is a copy, it is not needed in the update
-        group = config.rollout.group_size if config.update.shared_prefix else 1
-        buckets = {"prompt_bucket": config.rollout.prompt_bucket, "bucket": config.rollout.bucket}
-        rows, layout = lay_out(rollout.rows, group=group, **buckets)
-        experience = pack(
-            rows,
-            batch=row_bucket(len(rows), config.rollout.rows),
-            bucket=config.rollout.bucket,
-            actions=config.env.max_turns * config.rollout.max_turn_tokens + config.rollout.written,
-            mesh=parts.mesh,
-            layout=layout,
-        )
-        with self._timed("values"):
-            experience = jax.block_until_ready(
-                score(
-                    self._scorers(),
-                    experience,
-                    actor=parts.actor,
-                    critic=parts.critic,
-                    layout=layout,
-                    temperature=config.rollout.temperature,
-                    microbatch_rows=config.update.microbatch_rows,
-                    hidden_ref="hidden_ref" in config.loss.needs,
-                )
-            )
-        batch = make_batch(experience, estimator=config.advantage)
-        metrics = rollout_metrics(rollout.rows) | rollout.metrics | advantage_metrics(batch, config.advantage.gamma)
+        rows, layout, experience = self._pack(rollout)
+        with meter.timed("values"):
+            experience = jax.block_until_ready(self._score(experience, layout))
+        experience, metrics = self.controls.penalize(experience)
+        batch = make_batch(experience, estimator=config.advantage, entropy_scale=self.controls.entropy_scale)
+        metrics |= rollout_metrics(rollout.rows) | rollout.metrics | advantage_metrics(batch, config.advantage.gamma)
         if states.critic is not None:
-            with self._timed("update_critic"):
-                metrics |= self._update_critic(batch, layout)
+            with meter.timed("update_critic"):
+                metrics |= update_critic(config, parts, states, batch, layout, self.number)
         if states.critic is None or self.number >= config.critic.warmup_steps:
-            with self._timed("update_actor"):
-                metrics |= self._update_actor(batch, layout, heads)
+            with meter.timed("update_actor"):
+                metrics |= update_actor(config, parts, states, batch, layout, heads, self.number)
+        metrics |= self.controls.follow_entropy(metrics)
         self.number += 1
-        metrics |= self._performance(rollout, time.perf_counter() - start) | compile_metrics()
-        metrics |= self._utilisation(experience, layout)
+        metrics |= meter.performance(rollout.rows, parts.mesh.size) | compile_metrics()
+        metrics |= meter.utilisation(parts.actor.spec, experience, layout, config.update.epochs, parts.mesh)
         # A caller may keep this over the next step: without the arrays that are large on the devices.
         batch = batch._replace(experience=without_records(batch.experience))
         return StepOut(self.number, metrics, rollout, batch, rows)
+
+    def _sample(self, played: Params) -> Rollout:
+        """Play the step's episodes: more than one round of them, where groups have to differ."""
+        settings, parts = self.config.rollout, []
+        key, play = purpose_key(self.config.seed, self.number, SAMPLE), partial(self.parts.collector, played)
+        for attempt in range(settings.dynamic_rounds):
+            again = key if attempt == 0 else jax.random.fold_in(key, attempt)
+            parts.append(play_batch(play, self.stream, again, settings))
+            if count_varied(parts) >= settings.prompts:
+                break
+        return parts[0] if settings.dynamic_rounds == 1 else choose(parts, settings.prompts)
+
+    def _pack(self, rollout: Rollout) -> tuple[Sequence[Row | None], Layout, Experience]:
+        config, settings = self.config, self.config.rollout
+        group = settings.group_size if config.update.shared_prefix else 1
+        buckets = {"prompt_bucket": settings.prompt_bucket, "bucket": settings.bucket}
+        rows, layout = lay_out(rollout.rows, group=group, **buckets)
+        experience = pack(
+            rows,
+            batch=row_bucket(len(rows), settings.rows),
+            bucket=settings.bucket,
+            actions=config.env.max_turns * settings.max_turn_tokens + settings.written,
+            mesh=self.parts.mesh,
+            layout=layout,
+        )
+        return rows, layout, experience
+
+    def _score(self, experience: Experience, layout: Layout) -> Experience:
+        return score(
+            self._scorers(),
+            experience,
+            actor=self.parts.actor,
+            critic=self.parts.critic,
+            layout=layout,
+            temperature=self.config.rollout.temperature,
+            microbatch_rows=self.config.update.microbatch_rows,
+            logp_ref="logp_ref" in self.config.needs,
+            hidden_ref="hidden_ref" in self.config.needs,
+        )
 
     def policy(self) -> Params:
         """The actor's parameters, all of them."""
@@ -161,7 +173,8 @@ class Trainer:
 
     def position(self) -> dict[str, Any]:
         """The rest of what a checkpoint holds, as JSON: randomness needs only the seed and the step."""
-        return {"step": self.number, "tasks": self.stream.get_state(), **self._identity()}
+        state = {"tasks": self.stream.get_state(), "controls": self.controls.position()}
+        return {"step": self.number, **state, **self._identity()}
 
     def _identity(self) -> dict[str, Any]:
         return {"seed": self.config.seed, "tokenizer": self.parts.tokenizer.fingerprint(), **self._bases}
@@ -188,9 +201,10 @@ class Trainer:
         self.reference, self.older = state["reference"], state["older"]
         self.number = position["step"]
         self.stream.set_state(position["tasks"])
+        self.controls.restore(position["controls"])
 
     def _copy_of_actor(self) -> Params | None:
-        if not self.config.loss.needs & {"logp_ref", "hidden_ref"}:
+        if not self.config.needs & {"logp_ref", "hidden_ref"}:
             return None
         return self._copy()
 
@@ -205,125 +219,31 @@ class Trainer:
     def _scorers(self) -> Scorers:
         base, critic = self.parts.actor_base, self.states.critic
         return Scorers(
-            old=self.policy() if "logp_old" in self.config.loss.needs else None,
+            old=self.policy() if "logp_old" in self.config.needs else None,
             reference=None if self.reference is None else combine(base, self.reference),
             critic=None if critic is None else combine(self.parts.critic_base, critic.params),
         )
 
-    def _sync(self) -> Params:
+    def _sync(self, meter: Meter) -> Params:
         """The parameters that this step is played with."""
         policy = self.policy()
         if self.older:
             policy = combine(self.parts.actor_base, self.older[0])
             self.older = [*self.older[1:], self._copy()]
-        with self._timed("sync"):
+        with meter.timed("sync"):
             played = jax.block_until_ready(sampler_params(policy, self.parts.collector.sampler.model))
         if played is policy:
-            del self._seconds["sync"]
+            meter.forget("sync")
         return played
 
     def _heads(self, played: Params) -> Heads:
         """The heads of the policies that the loss compares with; the update takes the actor's own arrays over."""
-        loss, head, own = self.config.loss, head_VD(played), head_VD(self.policy())
+        head, own = head_VD(played), head_VD(self.policy())
         behavior = reference = None
         if self.config.records.hidden:
             cast = head.astype(self.parts.collector.sampler.model.dtype)
             behavior = cast.copy() if cast is own else jax.device_put(cast, own.sharding)
-        if "hidden_ref" in loss.needs:
+        if "hidden_ref" in self.config.needs:
             assert self.reference is not None
             reference = head_VD(combine(self.parts.actor_base, self.reference)).astype(self.parts.actor.dtype)
         return Heads(behavior, reference)
-
-    def _update_critic(self, batch: Batch, layout: Layout) -> dict[str, float]:
-        config, parts, done = self.config, self.parts, []
-        batch = batch._replace(experience=without_records(batch.experience))
-        assert parts.critic is not None
-        for epoch in range(config.update.epochs * config.critic.updates):
-            for minibatch in minibatches(
-                batch, config.update.minibatches, (config.seed, self.number, epoch, 1), layout.group, parts.mesh
-            ):
-                assert self.states.critic is not None
-                self.states.critic, metrics = critic_step(
-                    self.states.critic,
-                    minibatch,
-                    model=parts.critic,
-                    config=config.critic,
-                    layout=layout,
-                    microbatch_rows=config.update.microbatch_rows,
-                    mesh=parts.mesh,
-                    frozen=parts.critic_base,
-                    key=dropout_key(parts.critic, config.seed, self.number, DROP_CRITIC, len(done)),
-                )
-                done.append(metrics)
-        assert self.states.critic is not None
-        self._check_finite("critic", skipped_in_a_row(self.states.critic))
-        return _average(done)
-
-    def _update_actor(self, batch: Batch, layout: Layout, heads: Heads) -> dict[str, float]:
-        config, parts, done = self.config, self.parts, []
-        for epoch in range(config.update.epochs):
-            for minibatch in minibatches(
-                batch, config.update.minibatches, (config.seed, self.number, epoch, 0), layout.group, parts.mesh
-            ):
-                self.states.actor, metrics = actor_step(
-                    self.states.actor,
-                    minibatch,
-                    model=parts.actor,
-                    loss=config.loss,
-                    optimizer=config.actor.optimizer,
-                    temperature=config.rollout.temperature,
-                    layout=layout,
-                    microbatch_rows=config.update.microbatch_rows,
-                    mesh=parts.mesh,
-                    router=config.actor.router,
-                    frozen=parts.actor_base,
-                    key=dropout_key(parts.actor, config.seed, self.number, DROP_ACTOR, len(done)),
-                    heads=heads,
-                )
-                done.append(metrics)
-        self._check_finite("actor", skipped_in_a_row(self.states.actor))
-        # Only before the first update is the gap to the sampler numerical; afterwards it is learning.
-        first = {name: float(v) for name, v in done[0].items() if name.startswith("sampling/")}
-        return _average(done) | first
-
-    def _check_finite(self, who: str, in_a_row: int) -> None:
-        if in_a_row >= self.config.update.max_skipped:
-            raise DivergedError(
-                f"{who}: gradients were not finite in {in_a_row} updates in a row (update.max_skipped): "
-                f"lower {who}.optimizer.learning_rate or look at the last transcripts"
-            )
-
-    def _performance(self, rollout: Rollout, seconds: float) -> dict[str, float]:
-        tokens = sum(len(row.token) for row in rollout.rows)
-        timing = {f"timing_s/{name}": value for name, value in self._seconds.items()}
-        return timing | {
-            "timing_s/step": seconds,
-            "perf/time_per_step": seconds,
-            "perf/total_num_tokens": float(tokens),
-            "perf/throughput": tokens / seconds / self.parts.mesh.size,
-        }
-
-    def _utilisation(self, experience: Experience, layout: Layout) -> dict[str, float]:
-        """Arithmetic of the actor's update over its time, and over the peak of the devices where that is known."""
-        seconds = self._seconds.get("update_actor")
-        if not seconds:
-            return {}
-        flops = self.config.update.epochs * experience_flops(self.parts.actor.spec, experience, layout)
-        rate, peak = flops / seconds / self.parts.mesh.size, peak_flops(self.parts.mesh.devices.flat[0].device_kind)
-        done = {"perf/actor_tflops": rate / 1e12}
-        return done if peak is None else done | {"perf/mfu": rate / peak}
-
-    @contextmanager
-    def _timed(self, name: str) -> Iterator[None]:
-        start = time.perf_counter()
-        yield
-        self._seconds[name] = time.perf_counter() - start
-
-
-def _average(steps: list[dict[str, jax.Array]]) -> dict[str, float]:
-    """Means over the optimizer steps of one training step; maxima for names that end in `_max`."""
-    host = jax.device_get(steps)
-    return {
-        name: float(np.max([m[name] for m in host]) if name.endswith("_max") else np.mean([m[name] for m in host]))
-        for name in host[0]
-    }

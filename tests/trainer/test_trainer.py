@@ -186,3 +186,32 @@ def test_an_ensemble_of_bounded_critics() -> None:
     assert outs[0].metrics["critic/value_std"] > 0 and np.isfinite(list(outs[1].metrics.values())).all()
     after = jax.device_get(critic.params)
     assert not any(np.array_equal(leaf[0], leaf[1]) for leaf in jax.tree.leaves(after))
+
+
+def test_controls_follow_what_is_measured_and_survive_a_restart() -> None:
+    """KL inside the reward, an entropy control and dynamic sampling in one run; `restore` takes them back."""
+    trainer = Trainer(
+        tiny(
+            "kl_reward.coefficient=0.1",
+            "kl_reward.target=1e-6",
+            "kl_reward.horizon=8",
+            "loss.entropy_coefficient=0.01",
+            "loss.entropy_control.target=100",
+            "loss.positive_nll=0.1",
+            "rollout.dynamic_rounds=2",
+            "warm_start=null",
+        )
+    )
+    outs = [trainer.step() for _ in range(2)]
+    first, second = (out.metrics for out in outs)
+    assert (first["actor/entropy_scale"], second["actor/entropy_scale"]) == (1.0, 1.1)
+    assert first["actor/reward_kl_penalty_coeff"] == 0.1 and first["actor/reward_kl_penalty"] == 0
+    # The policy has not left the reference: the KL is under its target, and the coefficient falls by a fifth.
+    assert second["actor/reward_kl_penalty_coeff"] == pytest.approx(0.08) and second["actor/reward_kl_penalty"] != 0
+    assert first["dynamic/rounds"] == 2 and first["dynamic/kept_frac"] == 0 and "actor/positive_nll" in first
+    assert len(outs[0].rollout.rows) == 8
+    state, position = jax.device_get(trainer.state()), json.loads(json.dumps(trainer.position()))
+    third = trainer.step().metrics
+    trainer.restore(jax.device_put(state), position)
+    again = trainer.step().metrics
+    assert timeless(again) == timeless(third)
