@@ -32,6 +32,9 @@ from ppojax.trainer.warm_start import warm_start
 from ppojax.types import Batch, Experience, Layout, Rollout, Row
 
 
+AGAIN = 2**16  # before the number of a round, apart from the tries of `play_batch`
+
+
 @dataclass(frozen=True)
 class StepOut:
     """What one step saw and did."""
@@ -119,7 +122,7 @@ class Trainer:
         settings, parts = self.config.rollout, []
         key, play = purpose_key(self.config.seed, self.number, SAMPLE), partial(self.parts.collector, played)
         for attempt in range(settings.dynamic_rounds):
-            again = key if attempt == 0 else jax.random.fold_in(key, attempt)
+            again = key if attempt == 0 else jax.random.fold_in(key, AGAIN + attempt)
             parts.append(play_batch(play, self.stream, again, settings))
             if count_varied(parts) >= settings.prompts:
                 break
