@@ -31,7 +31,6 @@ from ppojax.trainer.updates import update_actor, update_critic
 from ppojax.trainer.warm_start import warm_start
 from ppojax.types import Batch, Experience, Layout, Rollout, Row
 
-
 AGAIN = 2**16  # before the number of a round, apart from the tries of `play_batch`
 
 
