@@ -38,7 +38,7 @@ class GAE(Component):
     cut_rule: CutRule = Field(
         default="chain",
         description="an episode of several rows: chain: goes on with the next row's first action as if it had not been "
-        "cut; scale: a row ends with the reward of the later ones, its advantages are times "
+        "cut; scale: a row ends with the reward of the later ones, its advantages shrink by "
         "(gamma lambda_policy)^(their actions); broadcast: a row ends so that it has the whole episode's reward",
     )
     whiten: Literal["off", "batch"] = Field(default="off", description="batch: advantages to mean 0 and deviation 1")
@@ -59,8 +59,8 @@ class GAE(Component):
         and no row of the batch goes on, and what `truncation` says when it was truncated. Each critic's target is made
         of its own values, before whitening. Both results are 0 off action, and stop-gradiented.
 
-        Where another row goes on, V = 0 comes after the last token, but X arrives there, and so does
-        (gamma lambda)^(steps after t) X at t:
+        Where another row goes on, what comes after the last token is X, of which (gamma lambda)^(steps after t) X
+        arrives in trace_t:
 
             chain       X = gamma (V_first + lambda trace_first) of the next row: delta and trace of the uncut episode
             scale       X = rewards of all later rows + gamma V behind the last one, where that goes on
