@@ -53,7 +53,11 @@ class Env(Protocol):
         ...
 
     def step(self, message: dict[str, Any]) -> Step:
-        """Answer an assistant message."""
+        """Answer an assistant message: its role, its content, and `tokens`, how many the policy wrote for it.
+
+        Called in a thread of its own with `rollout.workers`, so that what waits for others (a judge, a tool) does not
+        hold up the sampler.
+        """
         ...
 
     def close(self) -> None:

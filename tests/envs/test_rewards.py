@@ -23,7 +23,7 @@ TAGGED = "<think>a</think><answer>7</answer>"
 
 
 def answered(extracted: str | None, answer: Any = "7", completion: str = TAGGED) -> Answered:
-    said = {"role": "assistant", "content": completion}
+    said = {"role": "assistant", "content": completion, "tokens": len(completion)}
     return Answered(completion, extracted, answer, [{"role": "user", "content": "3+4?"}, said], {"level": 2})
 
 
@@ -79,15 +79,20 @@ def test_form_and_language() -> None:
     assert Language()(answered(None, completion="57.")) == 1
 
 
-@pytest.mark.parametrize(("chars", "score"), [(0, 0), (60, 0), (70, -0.25), (80, -0.5), (100, -1), (1000, -1)])
-def test_overlong_answers_are_punished_softly(chars: int, score: float) -> None:
+def written(*tokens: int) -> Answered:
+    """Turns of the policy of so many tokens, behind one that stands in the prompt."""
+    turns = [{"role": "assistant", "content": "x", "tokens": n} for n in tokens]
+    return Answered("x", None, messages=[{"role": "assistant", "content": "x" * 999}, *turns])
+
+
+@pytest.mark.parametrize(("tokens", "score"), [(0, 0), (60, 0), (70, -0.25), (80, -0.5), (100, -1), (1000, -1)])
+def test_overlong_answers_are_punished_softly(tokens: int, score: float) -> None:
     """DAPO eq. 13 with L_max = 100 and L_cache = 40."""
-    assert Length(limit=100, margin=40)(answered(None, completion="x" * chars)) == score
+    assert Length(limit=100, margin=40)(written(tokens)) == score
 
 
 def test_length_counts_every_turn_of_the_policy() -> None:
-    turns = [{"role": r, "content": "x" * 40} for r in ("user", "assistant", "tool", "assistant")]
-    assert Length(limit=100, margin=40)(Answered("x" * 40, None, messages=turns)) == -0.5
+    assert Length(limit=100, margin=40)(written(40, 40)) == -0.5
 
 
 def test_parts_are_weighted_and_logged() -> None:

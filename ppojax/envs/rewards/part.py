@@ -18,7 +18,9 @@ class Answered:
     completion: str  # the text of the last assistant turn
     extracted: str | None  # the answer found in it, None where there is none
     answer: Any = None  # the reference, as the task gives it
-    messages: Messages = field(default_factory=list)  # the whole conversation, the last turn included
+    messages: Messages = field(
+        default_factory=list
+    )  # the whole conversation, the last turn included, as `Env.step` gets it
     record: dict[str, Any] = field(default_factory=dict)  # all that the task's source says about it
 
 

@@ -98,16 +98,16 @@ class Language(Part):
 
 
 class Length(Part):
-    """Soft punishment of overlong answers (DAPO, arXiv 2503.14476, eq. 13), in characters.
+    """Soft punishment of overlong answers (DAPO, arXiv 2503.14476, eq. 13), in tokens of the policy.
 
-    0 up to `limit - margin`, then falling on a line to -1 at `limit`, and -1 beyond. Environments see text and no
-    tokens: for a limit in tokens multiply by the tokenizer's characters a token, about 4 for English.
+    0 up to `limit - margin`, then falling on a line to -1 at `limit`, and -1 beyond. Counted is what the policy wrote
+    in the whole episode, by the `tokens` of its messages (see `Env.step`); a turn in the prompt has none.
     """
 
     decides: ClassVar[bool] = False
 
-    limit: int = Field(default=65_536, ge=1, description="characters of all assistant turns from which on it is -1")
-    margin: int = Field(default=16_384, ge=1, description="characters before the limit over which it falls")
+    limit: int = Field(default=20_480, ge=1, description="tokens of all assistant turns from which on it is -1")
+    margin: int = Field(default=4_096, ge=1, description="tokens before the limit over which it falls")
 
     @model_validator(mode="after")
     def _ordered(self) -> Length:
@@ -116,9 +116,9 @@ class Length(Part):
         return self
 
     def __call__(self, answered: Answered) -> float:
-        """Measure what the policy wrote in the whole episode."""
-        own = (m.get("content") or "" for m in answered.messages if m["role"] == "assistant")
-        over = sum(map(len, own)) - (self.limit - self.margin)
+        """Count what the policy wrote in the whole episode."""
+        own = sum(m.get("tokens", 0) for m in answered.messages if m["role"] == "assistant")
+        over = own - (self.limit - self.margin)
         return -min(max(over / self.margin, 0.0), 1.0)
 
 
