@@ -53,7 +53,9 @@ def feed(
 ) -> Slots:
     """Append tokens to the rows in the slots that are the keys; prompts begin new rows there.
 
-    Long ones are read in chunks. Shapes are powers of two times `smallest` by powers of four of the slots.
+    Long ones are read in chunks. Shapes are powers of two times `smallest` by powers of four of the slots: whatever the
+    lengths are, at most W H programs of `prefill`, 2 W H of `extend` (prompts and observations are told apart) and H of
+    `share`, with W = 1 + ceil(log2(CHUNK / smallest)) widths and H = 1 + ceil(log4(slots)) heights.
     """
     B, start = slots.length_B.shape[0], 0
     for width in widths(max(map(len, rows.values())), smallest):

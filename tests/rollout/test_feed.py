@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from math import ceil, log, log2
+from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -12,7 +15,7 @@ from ppojax.mesh import MeshConfig
 from ppojax.models.forward import hidden_states, positions
 from ppojax.rollout import feed as feeding
 from ppojax.rollout.feed import feed, heights, share_prompts, sizes, widths
-from ppojax.rollout.sampler import Slots, empty
+from ppojax.rollout.sampler import SamplerDef, Slots, empty
 from tiny_model import MODEL, VOCAB, random_policy, sampler_of
 
 MESHES = {"one": MeshConfig(), "rows": MeshConfig(data=2), "rows and heads": MeshConfig(fsdp=2, tensor=2)}
@@ -36,6 +39,41 @@ def test_heights() -> None:
         [1], [1, 1], [2, 2], [2, 2], [8], [8, 8], [32], [32]
     ]  # fmt: skip
     assert heights(20, 8, 8) == [8, 8, 8]
+
+
+@pytest.mark.parametrize(
+    ("slots", "smallest", "mesh"), [(1, 16, "one"), (6, 5, "one"), (96, 16, "one"), (96, 64, "rows"), (200, 8, "one")]
+)
+def test_shapes_are_few_whatever_the_lengths(
+    slots: int, smallest: int, mesh: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every batch of random lengths is asked for in one of W H shapes; nothing is compiled here."""
+    sampler = sampler_of(mesh=MESHES[mesh].build(), positions=20_000)
+    state = jax.eval_shape(lambda params: empty(params, sampler=sampler, count=slots), random_policy())
+    asked: dict[str, set[tuple[Any, ...]]] = {"prefill": set(), "extend": set(), "share": set()}
+
+    def note(name: str) -> Callable[..., Slots]:
+        def program(*args: Any, sampler: SamplerDef, **static: bool) -> Slots:
+            shapes = [a.shape for a in args if isinstance(a, np.ndarray)]
+            asked[name].add((*shapes, *static.items()))
+            return state
+
+        return program
+
+    for name in asked:
+        monkeypatch.setattr(feeding, name, note(name))
+    rng = np.random.default_rng(0)
+    for _ in range(150):
+        chosen = rng.permutation(slots)[: int(slots ** rng.uniform(0, 1.01))].tolist()
+        longest = int(2 ** rng.uniform(0, 14))
+        rows = {b: range(rng.integers(1, longest + 1)) for b in chosen}
+        for prompt in (True, False):
+            feed({}, state, rows, sampler=sampler, smallest=smallest, prompt=prompt)
+        lengths = {b: len(ids) for b, ids in rows.items()}
+        share_prompts(state, dict.fromkeys(chosen, chosen[0]), lengths, sampler=sampler)
+    W, H = 1 + ceil(log2(feeding.CHUNK / smallest)), 1 + ceil(log(slots, 4))
+    assert len(asked["prefill"]) <= W * H and len(asked["extend"]) <= 2 * W * H and len(asked["share"]) <= H
+    assert len(asked["prefill"]) > W or slots == 1  # the bound is not idle
 
 
 @pytest.mark.parametrize("mesh", MESHES)
