@@ -43,7 +43,7 @@ def main(settings: ViewConfig, flags: Flags) -> int:
         console.print(f"ok: step {step.step}, episode {summary.number} would be shown", soft_wrap=True)
         return ExitCode.DONE
     if settings.html is None:
-        return _show(steps, at, settings)
+        return _show(steps, at, summary.number, settings)
     title = f"{settings.run}, step {step.step}, episode {summary.number}"
     text = page(title, figure(step.episode(summary), step.scale, title=title, shown=settings.colour))
     path = Path(settings.html).expanduser()
@@ -69,8 +69,19 @@ def _find(steps: list[StepEntry], settings: ViewConfig) -> int:
     return numbers.index(settings.step)
 
 
-def _show(steps: list[StepEntry], at: int, settings: ViewConfig) -> int:
-    raise ConfigError("the viewer needs a terminal; html=FILE writes the episode as a page")
+def _show(steps: list[StepEntry], at: int, number: int, settings: ViewConfig) -> int:
+    if not sys.stdout.isatty():
+        raise ConfigError("the viewer needs a terminal; html=FILE writes the episode as a page")
+    # Only now: an extra, which a page does not need.
+    try:
+        from ppojax.viewer.app import Viewer
+    except ImportError as error:
+        raise ConfigError(
+            f"the viewer cannot be imported ({error}): pip install 'ppojax[view]'; html=FILE writes a page without it"
+        ) from error
+    viewer = Viewer(steps, at, number, settings.colour)
+    viewer.run()
+    return viewer.return_code or ExitCode.DONE
 
 
 if __name__ == "__main__":

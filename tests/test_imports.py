@@ -44,6 +44,7 @@ LATE_IMPORTS = {
     ("train.py", "ppojax.trainer.session"),
     ("evaluate.py", "ppojax.trainer.held_out"),
     ("export.py", "ppojax.trainer.exporting"),
+    ("view.py", "ppojax.viewer.app"),
 }
 # Environments and their tools are the user's code.
 BROAD_EXCEPTS = {"rollout/collect.py", "rollout/episode.py", "rollout/workers.py", "envs/user_code.py"}

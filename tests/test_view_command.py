@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 
 import pytest
@@ -9,6 +10,7 @@ import pytest
 from ppojax import view
 from ppojax.cli import run_command
 from ppojax.view import ViewConfig
+from ppojax.viewer.app import Viewer
 from viewer_run import small_run
 
 
@@ -59,3 +61,29 @@ def test_a_corrupt_transcript_is_one_line(tmp_path: Path, capsys: pytest.Capture
     line = capsys.readouterr().err
     assert line.startswith(f"ppojax: error: {path}:5: no JSON (") and line.count("\n") == 1
     assert not (tmp_path / "x.html").exists()
+
+
+def test_the_terminal(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    run, seen = small_run(tmp_path / "run"), []
+    assert command(f"run={run}") == 2
+    assert capsys.readouterr().err.endswith("the viewer needs a terminal; html=FILE writes the episode as a page\n")
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
+    monkeypatch.setattr(Viewer, "run", lambda app: seen.append((app.at, app.number, app.quantity)))
+    assert command(f"run={run}", "step=2", "episode=3", "colour=ratio") == 0
+    assert command(f"run={run}") == 0
+    assert seen == [(1, 3, "ratio"), (2, 0, "advantage")]
+    monkeypatch.setattr(Viewer, "return_code", 1)  # as a bug in it leaves it
+    assert command(f"run={run}") == 1
+
+
+def test_the_extra_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = small_run(tmp_path / "run")
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
+    monkeypatch.delitem(sys.modules, "ppojax.viewer.app")
+    monkeypatch.setitem(sys.modules, "textual", None)
+    assert command(f"run={run}") == 2
+    line = capsys.readouterr().err
+    assert "pip install 'ppojax[view]'; html=FILE writes a page without it" in line and line.count("\n") == 1
+    assert command(f"run={run}", f"html={tmp_path}/out.html") == 0

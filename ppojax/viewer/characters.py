@@ -16,6 +16,8 @@ def visible(text: str, token: int) -> str:
     """
     if not text:
         return f"\u2039{token}\u203a"
+    if text.isascii() and text.isprintable():
+        return text
     shown = "".join(map(_visible, text))
     return f"\u25cc{shown}" if unicodedata.category(text[0]) in ("Mn", "Me", "Mc") else shown
 

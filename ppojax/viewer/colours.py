@@ -61,11 +61,13 @@ class ScaleSums:
 
 
 def level(quantity: Quantity, token: Token, scale: Scale) -> int:
-    """Give the level of a token, 0 for none: -LEVELS to LEVELS for advantage and ratio, 0 to LEVELS for the value, one
-    of `MASKS` for the mask."""
+    """Give the level of a token, 0 for none and for what the policy did not choose.
+
+    -LEVELS to LEVELS for advantage and ratio, 0 to LEVELS for the value, one of `MASKS` for the mask.
+    """
+    if not token.action:
+        return 0
     if quantity == "mask":
-        if not token.action:
-            return 0
         if token.held:
             return HELD
         return NO_GRADIENT if not token.trained or token.advantage == 0 else TRAINED
@@ -81,7 +83,7 @@ def colour(quantity: Quantity, level: int) -> tuple[Rgb, float]:
     """Give the colour of a level that is not 0, and how much of it is laid over the background (0 to 1)."""
     if quantity == "mask":
         return _MASK[level], 0.5
-    return (_ABOVE if level > 0 else _BELOW)[quantity], 0.75 * abs(level) / LEVELS
+    return (_ABOVE if level > 0 else _BELOW)[quantity], 0.15 + 0.6 * abs(level) / LEVELS
 
 
 def legend(quantity: Quantity, scale: Scale) -> list[tuple[int, str]]:

@@ -179,7 +179,7 @@ def _blocks(episode: Episode, scale: Scale) -> str:
         out.append(f"<div class=head>{heading(block, episode)}</div><p>")
         tag = "b" if block.action else "i"
         for token in episode.tokens[block.start : block.end]:
-            classes = [_class(q, at) for q in QUANTITIES if token.action and (at := level(q, token, scale))]
+            classes = [_class(q, at) for q in QUANTITIES if (at := level(q, token, scale))]
             kept = [
                 c for c in classes if c != _class("mask", TRAINED)
             ]  # what every action is, unless it says otherwise
