@@ -68,9 +68,9 @@ class Viewer(App[None]):
     .-narrow #lists {width: 100%; height: 9; layout: horizontal; border-right: none; border-bottom: solid $panel;}
     #steps {height: 1fr; width: 1fr;} #episodes {height: 2fr; width: 1fr;}
     .-narrow #steps {height: 100%; width: 20;} .-narrow #episodes {height: 100%; width: 1fr;}
-    #facts, #legend, #status {height: 1;}
+    #facts, #legend, #status {height: 1; text-wrap: nowrap; text-overflow: ellipsis;}
     #value {height: 1;}
-    #token {height: 2;}
+    #token {height: 3;}
     #tokens {height: 1fr;}
     #question {display: none; height: 1; border: none; padding: 0;}
     """
@@ -105,10 +105,8 @@ class Viewer(App[None]):
         """Lay out the screen."""
         with Horizontal(id="body"):
             with Vertical(id="lists"):
-                yield Listing(f"{'step':>7} {'reward':>8}", id="steps")
-                yield Listing(
-                    f"{'group':>6} {'episode':>7} {'reward':>7} {'ending':<6} {'turns':>5} {'tokens':>6}", id="episodes"
-                )
+                yield Listing(STEPS, id="steps")
+                yield Listing(EPISODES, id="episodes")
             with Vertical():
                 yield Static(id="facts")
                 yield TokenView(id="tokens")

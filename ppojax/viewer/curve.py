@@ -141,11 +141,10 @@ def _runs(numbers: Sequence[float | None]) -> list[list[tuple[int, float]]]:
 
 def _lines(episode: Episode, height: int) -> str:
     n = len(episode.tokens)
-    turns, cuts, segment = "", "", 0
+    turns, cuts = "", ""
     for block in episode.blocks():
-        if block.segment != segment:
+        if block.first and block.segment:
             cuts += f"M{_x(block.start, n)} 8v{height}"
-            segment = block.segment
         elif block.action:
             turns += f"M{_x(block.start, n)} 8v{height}"
     return f'<path class=turn d="{turns}"/><path class=cut d="{cuts}"/>'

@@ -38,6 +38,7 @@ class Block(NamedTuple):
     turn: int
     segment: int
     reward: float
+    first: bool  # of its row: the prompt, or what compaction left of the history
 
 
 @dataclass(frozen=True)
@@ -75,7 +76,8 @@ class Episode:
             here, after = tokens[i - 1], tokens[i] if i < len(tokens) else None
             if after is None or (here.action, here.segment) != (after.action, after.segment):
                 reward = fsum(token.reward for token in tokens[start:i])
-                out.append(Block(start, i, here.action, here.turn, here.segment, reward))
+                first = not out or out[-1].segment != here.segment
+                out.append(Block(start, i, here.action, here.turn, here.segment, reward, first))
                 start = i
         return out
 

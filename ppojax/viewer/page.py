@@ -145,9 +145,9 @@ def missing(quantity: Quantity, episode: Episode) -> str:
     return "" if known[quantity] else why[quantity]
 
 
-def heading(block: Block, episode: Episode) -> str:
+def heading(block: Block) -> str:
     """Say in a line whose tokens come."""
-    who = f"turn {block.turn}" if block.action else "context" if block.turn == 0 else "observation"
+    who = f"turn {block.turn}" if block.action else "context" if block.first else "observation"
     reward = f", reward {block.reward:.4g}" if block.reward else ""
     return f"{who}, {block.end - block.start} tokens{reward}"
 
@@ -171,12 +171,11 @@ def _legend(quantity: Quantity, episode: Episode, scale: Scale) -> str:
 
 
 def _blocks(episode: Episode, scale: Scale) -> str:
-    out, segment = [], 0
+    out = []
     for block in episode.blocks():
-        if block.segment != segment:
-            segment = block.segment
-            out.append(f"<div class=row>{cut(segment, episode)}</div>")
-        out.append(f"<div class=head>{heading(block, episode)}</div><p>")
+        if block.first and block.segment:
+            out.append(f"<div class=row>{cut(block.segment, episode)}</div>")
+        out.append(f"<div class=head>{heading(block)}</div><p>")
         tag = "b" if block.action else "i"
         for token in episode.tokens[block.start : block.end]:
             classes = [_class(q, at) for q in QUANTITIES if (at := level(q, token, scale))]

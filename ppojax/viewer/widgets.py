@@ -22,6 +22,7 @@ from ppojax.viewer.curve import sparkline
 from ppojax.viewer.episode import Episode
 from ppojax.viewer.page import cut, heading
 
+_NAME, _RANGE = 10, 24  # room beside a curve: equal, so that one token is at one place in all
 _RULE = -1  # in place of a token: a line of ours
 Line = list[tuple[int, str]]  # tokens and what is shown of them
 
@@ -176,12 +177,10 @@ def arrange(episode: Episode, width: int) -> tuple[list[Line], list[int]]:
     """
     lines: list[Line] = []
     line_of: list[int] = []
-    segment = 0
     for block in episode.blocks():
-        if block.segment != segment:
-            segment = block.segment
-            lines.append([(_RULE, _rule(cut(segment, episode), width, "\u2550"))])
-        lines += [[(_RULE, _rule(heading(block, episode), width, "\u2500"))], []]
+        if block.first and block.segment:
+            lines.append([(_RULE, _rule(cut(block.segment, episode), width, "\u2550"))])
+        lines += [[(_RULE, _rule(heading(block), width, "\u2500"))], []]
         room = width
         for i in range(block.start, block.end):
             token = episode.tokens[i]
@@ -249,10 +248,8 @@ class ValueLine(Widget):
         if not known:
             return Text("no values: the run has no critic", style="dim")
         low, high = min(known), max(known)
-        ends = f" {low:.3g} .. {high:.3g}"
-        width = max(self.size.width - 10 - len(ends), 1)
-        drawn = sparkline(numbers, width, low, high)
-        text = Text(f"{name:<10}{drawn}{ends}")
-        at = 10 + self.cursor * len(drawn) // len(numbers)
+        drawn = sparkline(numbers, max(self.size.width - _NAME - _RANGE, 1), low, high)
+        text = Text(f"{name:<{_NAME}}{drawn} {low:.3g} .. {high:.3g}")
+        at = _NAME + self.cursor * len(drawn) // len(numbers)
         text.stylize("reverse", at, at + 1)
         return text

@@ -78,8 +78,9 @@ def test_keys_move_through_episodes_and_steps(tmp_path: Path) -> None:
             "      2    0.250",
             "     12    0.500",
         ]
-        listed = [line.split() for line in lines(app, "episodes")[1:5]]
+        listed = [line.split() for line in lines(app, "episodes")[:5]]
         assert listed == [
+            ["group", "episode", "reward", "ending", "turns", "rows", "tokens"],
             ["0", "0", "1", "end", "2", "1", "6"],
             ["0", "1", "0", "failed", "1", "1", "3"],
             ["1", "2", "-0.5", "end", "2", "2", "6"],
@@ -210,7 +211,7 @@ def test_rows_of_a_chain_are_one_episode(tmp_path: Path) -> None:
         assert shown[4].startswith(
             "\u2550\u2550 row 1: the context was compacted, value 0.3 before it \u2550\u2550\u2550"
         )
-        assert shown[6] == "sum" and shown[8] == "end."
+        assert shown[5].startswith("\u2500\u2500 context, 1 tokens") and shown[6] == "sum" and shown[8] == "end."
 
     play(small_run(tmp_path / "run"), body)
 

@@ -32,11 +32,11 @@ def test_rows_of_an_episode_are_one_episode(tmp_path: Path) -> None:
     assert file.episodes[2].text == "Qssumsumend."
     chain = file.episode(file.find(2))
     assert [token.text for token in chain.tokens] == ["Q", "s", "sum", "sum", "end", "."]
-    assert [(b.start, b.end, b.action, b.turn, b.segment) for b in chain.blocks()] == [
-        (0, 1, False, 0, 0),
-        (1, 3, True, 1, 0),
-        (3, 4, False, 1, 1),
-        (4, 6, True, 2, 1),
+    assert [(b.start, b.end, b.action, b.turn, b.segment, b.first) for b in chain.blocks()] == [
+        (0, 1, False, 0, 0, True),
+        (1, 3, True, 1, 0, False),
+        (3, 4, False, 1, 1, True),
+        (4, 6, True, 2, 1, False),
     ]
     assert chain.step == 12 and chain.critics == 2
     assert chain.ends == pytest.approx((0.35, None)) and file.episode(file.find(3)).ends == pytest.approx((0.25,))
