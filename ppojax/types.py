@@ -78,6 +78,7 @@ class Row:
     clipped: bool = False  # a turn ran into its token limit
     routed: np.ndarray | None = None  # int16[n, L, K]; experts that read each token, -1 where nothing is recorded
     recorded: Recorded = field(default_factory=Recorded)  # of the m actions
+    hint: np.ndarray | None = None  # int32[h]; what only the critics are shown, before the row
 
 
 @dataclass(frozen=True)
@@ -134,6 +135,8 @@ class Experience(NamedTuple):
     routed_BTLK: jax.Array | None = None  # int16: experts that read token t in the sampler, -1 unknown; may be left out
     recorded: Recorded = Recorded()  # of the sampler, at the positions of `action_index_BA`; 0 behind the last action
     hidden_ref_BAD: jax.Array | None = None  # compute type: of the reference policy at each action, likewise scored
+    hint_BH: jax.Array | None = None  # int32: tokens that only the critics read, before the row; None where none do
+    hint_length_B: jax.Array | None = None  # int32: of them
 
 
 class Advantage(NamedTuple):

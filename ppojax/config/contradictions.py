@@ -259,6 +259,7 @@ def _critic(config: Config) -> Iterator[Contradiction]:
     if isinstance(critic.model, FreshCritic):
         yield from _shape(config, critic.model.shape, "critic.model.shape")
     yield from _ensemble(config)
+    yield from _frozen(config)
     if isinstance(critic.head, HLGaussHead) and critic.loss.clip is not None:
         yield Contradiction(
             ("critic.head.type", "critic.loss.clip"),
@@ -270,6 +271,15 @@ def _critic(config: Config) -> Iterator[Contradiction]:
             ("critic.warmup_steps", "steps"),
             "the policy would never be trained",
             "raise steps or lower critic.warmup_steps",
+        )
+
+
+def _frozen(config: Config) -> Iterator[Contradiction]:
+    if config.critic.freeze != "none" and config.critic.lora is not None:
+        yield Contradiction(
+            ("critic.freeze", "critic.lora"),
+            "with adapters all of the critic's own weights stand still",
+            "set critic.freeze=none, or critic.lora=null",
         )
 
 

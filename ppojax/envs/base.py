@@ -23,10 +23,14 @@ class Task:
 
 @dataclass(frozen=True)
 class Reset:
-    """How an episode starts: the prompt, and the JSON schemas of the tools that the chat template announces."""
+    """How an episode starts: the prompt, and the JSON schemas of the tools that the chat template announces.
+
+    `privileged` is shown to the critics alone, and only where `critic.privileged` asks for it.
+    """
 
     messages: Messages
     tools: list[dict[str, Any]] = field(default_factory=list)
+    privileged: str = ""  # what the policy must not know and a critic may: the answer, a rubric, the best moves
 
 
 @dataclass(frozen=True)

@@ -154,7 +154,7 @@ class CalculatorEnv:
         told = _INSTRUCTIONS[self._config.tool_format] if self._config.system is None else self._config.system
         system = [{"role": "system", "content": told}] if told else []
         tools = [] if self._config.tool_format == "calc" else [_SCHEMA]
-        return Reset([*system, *self._example(), self._ask(task)], tools)
+        return Reset([*system, *self._example(), self._ask(task)], tools, privileged=str(_result(task)))
 
     def step(self, message: dict[str, Any]) -> Step:
         """Run the call in the message, or grade the message as the answer."""

@@ -23,7 +23,9 @@ class SingleTurn:
     def reset(self, task: Task) -> Reset:
         """Write the prompt."""
         self._task = task
-        return Reset(self._start(task))
+        entry = task.data.get("entry", task.data)  # of a record, or of a data set
+        answer = entry.get("answer")
+        return Reset(self._start(task), privileged="" if answer is None else str(answer))
 
     def step(self, message: dict[str, Any]) -> Step:
         """Grade the answer."""

@@ -74,7 +74,9 @@ class ToolLoop:
         """Write the prompt, and announce the functions."""
         self._task, self._messages = task, self._config.prompt(task)
         self._info = {"success": False, "turns": 0, "calls": 0, "malformed": 0, "failed": 0}
-        return Reset(list(self._messages), [f.schema for f in self._functions.values()])
+        answer = task.data.get("answer")
+        schemas = [f.schema for f in self._functions.values()]
+        return Reset(list(self._messages), schemas, privileged="" if answer is None else str(answer))
 
     def step(self, message: dict[str, Any]) -> Step:
         """Run the calls in the message, or grade it as the answer."""

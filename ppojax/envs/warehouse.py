@@ -149,7 +149,8 @@ class WarehouseEnv:
         self._info = {"success": False, "right": 0, "wrong": 0, "malformed": 0}
         system = [{"role": "system", "content": self._config.system}] if self._config.system else []
         asked = {"role": "user", "content": f"{task.data['order']}\n{task.data['aisle'][0]}"}
-        return Reset([*system, asked], [] if self._config.tool_format == "words" else _schemas())
+        tools = [] if self._config.tool_format == "words" else _schemas()
+        return Reset([*system, asked], tools, privileged=task.data["aisle"])
 
     def step(self, message: dict[str, Any]) -> Step:
         """Make the move, and show the next bay."""

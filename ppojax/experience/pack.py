@@ -134,21 +134,30 @@ def pack(
         "segment_B": ids(lambda row: row.segment, 0),
         "recorded": _recorded(rows, index_BA.shape),
     }
-    routed_BTLK = _routed(rows, shape)
-    if routed_BTLK is not None:
-        arrays["routed_BTLK"] = routed_BTLK
-    return Experience(**shard_rows(arrays, mesh))
+    return Experience(**shard_rows({**arrays, **_routed(rows, shape), **_hints(rows, batch, bucket)}, mesh))
 
 
-def _routed(rows: Sequence[Row | None], shape: tuple[int, int]) -> np.ndarray | None:
-    """The recorded experts of every token, -1 where there is no record; None where no row has one."""
+def _hints(rows: Sequence[Row | None], batch: int, bucket: int) -> dict[str, np.ndarray]:
+    """What only the critics read, padded to a multiple of the bucket; nothing where no row has a hint."""
+    hints = [np.zeros(0, np.int32) if row is None or row.hint is None else row.hint for row in rows]
+    longest = max(map(len, hints))
+    if longest == 0:
+        return {}
+    hint_BH, length_B = np.zeros((batch, _round_up(longest, bucket)), np.int32), np.zeros(batch, np.int32)
+    for b, hint in enumerate(hints):
+        hint_BH[b, : len(hint)], length_B[b] = hint, len(hint)
+    return {"hint_BH": hint_BH, "hint_length_B": length_B}
+
+
+def _routed(rows: Sequence[Row | None], shape: tuple[int, int]) -> dict[str, np.ndarray]:
+    """The recorded experts of every token, -1 where there is no record; nothing where no row has one."""
     kept = [(b, row.routed) for b, row in enumerate(rows) if row is not None and row.routed is not None]
     if not kept:
-        return None
+        return {}
     routed_BTLK = np.full((*shape, *kept[0][1].shape[1:]), -1, np.int16)
     for b, routed in kept:
         routed_BTLK[b, : len(routed)] = routed
-    return routed_BTLK
+    return {"routed_BTLK": routed_BTLK}
 
 
 def _recorded(rows: Sequence[Row | None], shape: tuple[int, ...]) -> Recorded:

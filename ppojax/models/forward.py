@@ -17,6 +17,7 @@ from ppojax.mesh import sharding
 from ppojax.models.attention import KeyValue, Packing
 from ppojax.models.critic import Critic
 from ppojax.models.decoder import Decoder, Hidden
+from ppojax.models.hints import back, with_hints
 from ppojax.models.lora import LoRAConfig, combine, row_keys, split
 from ppojax.models.spec import AttentionChoice, DecoderSpec, Remat, StatisticsChoice
 from ppojax.models.value_head import ValueHead
@@ -357,7 +358,8 @@ def predict(
     """Read the critics: the value of the state in which each token was chosen, and what it was computed from.
 
     `[:, :, t]` reads the hidden state of token t - 1, so it does not see token t. Positions inside a shared prefix,
-    which no estimator reads, get 0. With a `key`, which only a lone critic takes, the adapters drop inputs.
+    which no estimator reads, get 0. With a `key`, which only a lone critic takes, the adapters drop inputs. Where rows
+    have hints, the critics read them before the row.
     """
     if model.count > 1:
         assert key is None, "an ensemble drops nothing: its members take their keys alone"
@@ -365,10 +367,12 @@ def predict(
         parts = jax.vmap(lambda p: predict(model.member, combine(frozen, p), experience, layout))(trained)
         return jax.tree.map(lambda x: x[:, 0], parts)
     assert model.head is not None, "a policy has no values"
-    before_BRD, offset_B, _ = read_rows(model, params, experience._replace(routed_BTLK=None), layout, key)
+    seen, layout = with_hints(experience._replace(routed_BTLK=None), layout)
+    before_BRD, offset_B, _ = read_rows(model, params, seen, layout, key)
     output_BRK = _bind(model, params).outputs(before_BRD)
-    place_BT = positions(experience.token_BT) - offset_B[:, None]
+    place_BT = positions(seen.token_BT) - offset_B[:, None]
     inside_BT = (place_BT >= 0) & (place_BT < before_BRD.shape[1])
     place_BT1 = jnp.clip(place_BT, 0, before_BRD.shape[1] - 1)[:, :, None]
     output_BTK = jnp.where(inside_BT[:, :, None], jnp.take_along_axis(output_BRK, place_BT1, axis=1), 0.0)
-    return Prediction(jnp.where(inside_BT, model.head.value(output_BTK), 0.0)[None], output_BTK[None])
+    value_BT = jnp.where(inside_BT, model.head.value(output_BTK), 0.0)
+    return Prediction(back(value_BT, experience)[None], back(output_BTK, experience)[None])

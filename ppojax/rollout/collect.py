@@ -44,6 +44,7 @@ class Collector:
     workers: int = 0  # threads that run environments; with 0 they run in order, in the caller's thread
     env_timeout_s: float | None = None  # of a reset or a step, in a thread
     share_prompts: bool = True  # episodes that begin alike have their prompt read once
+    hint_tokens: int = 0  # of what only the critics are shown of a task, at most
     compactor: Compactor | None = None  # what replaces the history of a full context
     prompt_limit: PromptLimit = ANY_THAT_FITS
 
@@ -172,6 +173,7 @@ class _Play:
         try:
             ids, episode.messages, cut = self.collector.render(task, reset)
             episode.reset = Reset(list(episode.messages), reset.tools)
+            episode.hint = self._hint(reset.privileged)
         except LongPromptError:
             raise
         except Exception as error:  # an environment is user code: its failure ends its own episode only
@@ -185,6 +187,11 @@ class _Play:
         episode.write(ids, action=False)
         episode.info |= {"prompt_cut": True} if cut else {}
         self.ready.append(episode)
+
+    def _hint(self, privileged: str) -> np.ndarray | None:
+        """What the critics are shown before the row."""
+        most = self.collector.hint_tokens
+        return np.array(self.collector.tokenizer.encode(privileged)[:most], np.int32) if most and privileged else None
 
     def _observe(self, episode: Episode, step: Any) -> None:
         """Write an answer behind the turn, if the next turn has room behind it."""

@@ -81,6 +81,7 @@ class Episode:
     segment: int = 0  # number of this row
     rows_before: list[Row] = field(default_factory=list)
     reset: Reset | None = None  # how it started
+    hint: np.ndarray | None = None  # what only the critics are shown
     tail: Tail | None = None  # the policy is writing a summary: what stays beside it
 
     @property
@@ -180,6 +181,7 @@ class Episode:
             messages=self.messages,
             info=self.info,
             routed=self.routed,
+            hint=self.hint,
             recorded=jax.tree.map(lambda *pieces: np.concatenate(pieces), *self.recorded),
         )
 

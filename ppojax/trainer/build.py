@@ -162,6 +162,7 @@ def make_collector(config: Config, model: ModelDef, tokenizer: Tokenizer, mesh: 
         rollout.rows if rollout.slots is None else rollout.slots,
         rollout.workers,
         rollout.env_timeout_s,
+        hint_tokens=config.critic.privileged if config.advantage.needs_values else 0,
         compactor=_compactor(config, tokenizer, sampler),
         prompt_limit=PromptLimit(rollout.max_prompt_tokens, rollout.long_prompts),
     )

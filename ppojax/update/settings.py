@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any, Literal
 
 from pydantic import Field
@@ -65,6 +66,18 @@ class OptimizerConfig(Component):
         )
 
 
+_ATTENTION = re.compile(r"(attn_norm|post_attn_norm|sinks|[qkvo](_bias|_norm|_a|_b|_a_norm)?|kv_(a|b)(_norm)?)$")
+
+
+def is_attention(name: str) -> bool:
+    """Whether a parameter of a block belongs to its attention."""
+    return bool(_ATTENTION.match(name))
+
+
+def _attention(params: Any) -> Any:
+    return jax.tree_util.tree_map_with_path(lambda path, _: is_attention(path[-1].key), params)
+
+
 def _decayed(params: Any) -> Any:
     return jax.tree_util.tree_map_with_path(lambda path, _: path[-1].key != "choice_bias", params)
 
@@ -101,6 +114,17 @@ class CriticConfig(Component):
         description="what each of several critics learns from: none: all rows; prompts: every count-th prompt; "
         "responses: every count-th episode of each prompt",
     )
+    freeze: Literal["none", "attention"] = Field(
+        default="none",
+        description="what of the critic is not trained; attention: its attention blocks, where SAO finds the gradient "
+        "norm comes from",
+    )
+    privileged: int = Field(
+        default=0,
+        ge=0,
+        description="tokens that the critic, and it alone, is shown of what the environment knows: the answer, the "
+        "right moves; 0 for nothing",
+    )
     noise: float = Field(
         default=0.01, ge=0, description="about how much the values of several critics differ at the start"
     )
@@ -108,7 +132,12 @@ class CriticConfig(Component):
     def build_optimizer(self) -> optax.GradientTransformation:
         """The optimizer, with its own learning rate for the value head, which starts from nothing."""
         head = {"trunk": False, "value_head": True}
-        return optax.chain(self.optimizer.build(), optax.masked(optax.scale(self.head_lr_multiplier), head))
+        train = optax.chain(self.optimizer.build(), optax.masked(optax.scale(self.head_lr_multiplier), head))
+        if self.freeze == "none":
+            return train
+        # Before, so that the norm which is clipped is of what is trained; behind, because weights decay.
+        still = optax.masked(optax.set_to_zero(), _attention)
+        return optax.chain(still, train, still)
 
 
 class UpdateConfig(Component):
