@@ -189,7 +189,10 @@ def test_an_ensemble_of_bounded_critics() -> None:
 
 
 def test_controls_follow_what_is_measured_and_survive_a_restart() -> None:
-    """KL inside the reward, an entropy control and dynamic sampling in one run; `restore` takes them back."""
+    """KL inside the reward, an entropy control and dynamic sampling in one run; `restore` takes them back.
+
+    The critic is told the answers, and its attention stands still.
+    """
     trainer = Trainer(
         tiny(
             "kl_reward.coefficient=0.1",
@@ -199,10 +202,18 @@ def test_controls_follow_what_is_measured_and_survive_a_restart() -> None:
             "loss.entropy_control.target=100",
             "loss.positive_nll=0.1",
             "rollout.dynamic_rounds=2",
+            "critic.privileged=4",
+            "critic.freeze=attention",
             "warm_start=null",
         )
     )
+    assert trainer.states.critic is not None
+    before = jax.device_get(trainer.states.critic.params)
     outs = [trainer.step() for _ in range(2)]
+    after = jax.device_get(trainer.states.critic.params)
+    assert same(before["trunk"]["layers"]["q"], after["trunk"]["layers"]["q"]) and not same(before, after)
+    hint_length_B = np.asarray(outs[0].batch.experience.hint_length_B)
+    assert hint_length_B.min() >= 1 and hint_length_B.max() <= 4
     first, second = (out.metrics for out in outs)
     assert (first["actor/entropy_scale"], second["actor/entropy_scale"]) == (1.0, 1.1)
     assert first["actor/reward_kl_penalty_coeff"] == 0.1 and first["actor/reward_kl_penalty"] == 0
