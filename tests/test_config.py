@@ -331,3 +331,22 @@ def test_contradictions_are_told_together_with_all_else() -> None:
 
 def test_what_is_not_used_is_not_judged() -> None:
     Config.load(*FRESH, "critic.model.layers=99", "critic.warmup_steps=999", "advantage.type=group")
+
+
+EXACT = {
+    "model.dtype=bfloat16": "rounding to fewer bits is not the same everywhere; set model.dtype=float32",
+    "rollout.dtype=float16": "sampler and trainer compute in two types; set rollout.dtype=null",
+    "rollout.mesh={}": "another mesh adds in another order; set rollout.mesh=null",
+    "rollout.top_k=5": "the trainer's policy is not cut; set rollout.top_k=0, rollout.top_p=1, rollout.min_p=0",
+    "rollout.mismatch.stale_steps=1": "gaps are put in on purpose; set rollout.mismatch={}",
+    "model.remat=dots": "what blocks keep for the backward pass changes the program; set model.remat=full",
+    "model.lora.dropout=0.1": "an update drops inputs of its own; set model.lora.dropout=0",
+    "update.shared_prefix=true": "shared prompts have other shapes; set update.shared_prefix=false",
+}
+
+
+@pytest.mark.parametrize("argument", EXACT)
+def test_what_keeps_sampling_from_being_exact(argument: str) -> None:
+    [line] = faults(*BASE, "rollout.exact=true", "update.shared_prefix=false", argument)
+    assert line.startswith("rollout.exact=true (command line), ")
+    assert line.endswith(f": {EXACT[argument]}, or rollout.exact=false")

@@ -11,6 +11,7 @@ from ppojax.losses.policy import PolicyLoss
 from ppojax.mesh import AXES, MeshConfig
 from ppojax.models.settings import CutCritic, FreshCritic, FreshSpec
 from ppojax.models.value_head import HLGaussHead
+from ppojax.rollout.mismatch import Mismatch
 from ppojax.settings import Contradiction
 from ppojax.types import NO_RECORDS
 from ppojax.update.settings import OptimizerConfig
@@ -26,6 +27,8 @@ def contradictions(config: Config) -> Iterator[Contradiction]:
     yield from _tokens(config)
     yield from _slots(config)
     yield from _records(config)
+    if config.rollout.exact:
+        yield from _exact(config)
     yield from _schedules(config)
     yield from _supports(config)
     yield from _groups(config)
@@ -221,6 +224,25 @@ def _records(config: Config) -> Iterator[Contradiction]:
             "set rollout.mismatch.logit_noise=0, or leave hidden states out (rollout.record_hidden=false, and with "
             "dppo loss.support=binary or topk and loss.compare_supports=false)",
         )
+
+
+def _exact(config: Config) -> Iterator[Contradiction]:
+    """What keeps the trainer's computation from being the sampler's too."""
+    model, rollout = config.model, config.rollout
+    dropout = 0.0 if model.lora is None else model.lora.dropout
+    wrong = [
+        ("model.dtype", model.dtype == "float32", "float32", "rounding to fewer bits is not the same everywhere"),
+        ("rollout.dtype", rollout.dtype in (None, "float32"), "null", "sampler and trainer compute in two types"),
+        ("rollout.mesh", rollout.mesh is None, "null", "another mesh adds in another order"),
+        ("rollout.top_k", not rollout.cuts, "0, rollout.top_p=1, rollout.min_p=0", "the trainer's policy is not cut"),
+        ("rollout.mismatch", rollout.mismatch == Mismatch(), "{}", "gaps are put in on purpose"),
+        ("model.remat", model.remat == "full", "full", "what blocks keep for the backward pass changes the program"),
+        ("model.lora.dropout", dropout == 0, "0", "an update drops inputs of its own"),
+        ("update.shared_prefix", not config.update.shared_prefix, "false", "shared prompts have other shapes"),
+    ]
+    for key, holds, value, why in wrong:
+        if not holds:
+            yield Contradiction(("rollout.exact", key), why, f"set {key}={value}, or rollout.exact=false")
 
 
 def _schedules(config: Config) -> Iterator[Contradiction]:

@@ -100,6 +100,11 @@ class Config(Settings):
         return load_config(cls, arguments).config
 
     @property
+    def actions(self) -> int:
+        """Action positions of a row, at most."""
+        return self.env.max_turns * self.rollout.max_turn_tokens + self.rollout.written
+
+    @property
     def records(self) -> Records:
         """What the sampler keeps of its distribution at each action: for the loss, and for the log."""
         asked = self.loss.records

@@ -23,6 +23,7 @@ from ppojax.models.tokenizer import Tokenizer
 from ppojax.rollout.compaction import Compactor
 from ppojax.rollout.decode import Turns, begin_turn, decode, no_turns
 from ppojax.rollout.episode import Episode, LateEnv, Tail
+from ppojax.rollout.exact import Judge, resume, rewind
 from ppojax.rollout.feed import feed, share_prompts
 from ppojax.rollout.prompts import ANY_THAT_FITS, LongPromptError, Prompt, PromptLimit
 from ppojax.rollout.sampler import SamplerDef, empty, record_shapes
@@ -43,6 +44,7 @@ class Collector:
     slots: int  # rows that are written at a time; other episodes wait
     workers: int = 0  # threads that run environments; with 0 they run in order, in the caller's thread
     env_timeout_s: float | None = None  # of a reset or a step, in a thread
+    judge: Judge | None = None  # what decides on draws instead of decoding
     share_prompts: bool = True  # episodes that begin alike have their prompt read once
     hint_tokens: int = 0  # of what only the critics are shown of a task, at most
     compactor: Compactor | None = None  # what replaces the history of a full context
@@ -90,7 +92,8 @@ class _Play:
         self.observed: dict[int, list[int]] = {}  # tokens to be appended in slots
         self.restarted: dict[int, list[int]] = {}  # rows that go on behind a cut, to be read in slots
         self.left: dict[int, Episode] = {}  # episodes that are over, whose slots still hold their experts
-        self.written = self.passes = 0
+        self.over: list[int] = []  # slots whose turns are over
+        self.written = self.passes = self.judged = self.redrawn = 0
 
     def run(self, tasks: Sequence[Task]) -> None:
         """Play to the end of every episode."""
@@ -129,6 +132,8 @@ class _Play:
         if self.collector.prompt_limit.policy == "truncate":
             metrics["data/prompts_cut"] = float(len({e.group for e in self.episodes if e.info.get("prompt_cut")}))
         metrics["perf/slot_use"] = self.written / max(self.passes * self.collector.slots, 1)
+        if self.judged:
+            metrics["sampling/redrawn_frac"] = self.redrawn / self.judged
         return Rollout(tuple(row for e in self.episodes for row in e.rows()), metrics)
 
     def _begin(self, tasks: Sequence[Task]) -> None:
@@ -321,7 +326,40 @@ class _Play:
             episode.write(segment.token_BN[b, :n].tolist(), action=True, logp=segment.logp_BN[b, :n].tolist())
             episode.recorded.append(jax.tree.map(lambda kept, b=b, n=n: kept[b, :n].copy(), segment.recorded))
             if not segment.live_B[b]:
-                self._say(episode, stopped=int(segment.state_B[b]) == stop_SV.shape[0] - 1)
+                self.over.append(b)
+        judge = self.collector.judge
+        over, self.over = (self.over, []) if judge is None else (self._judged(judge), self.over)
+        for b in over:
+            episode = self.held[b]
+            assert episode is not None
+            self._say(episode, stopped=int(self.turns.state_B[b]) == stop_SV.shape[0] - 1)
+
+    def _judged(self, judge: Judge) -> list[int]:
+        """Slots whose turns are over and were drawn by the trainer's pass too, a batch at a time while others write.
+
+        A turn of which it draws another token goes on from there.
+        """
+        agreed: list[int] = []
+        while self.over and (len(self.over) >= judge.rows or not self.turns.live_B.any()):
+            slots, self.over = self.over[: judge.rows], self.over[judge.rows :]
+            episodes = [episode for b in slots if (episode := self.held[b]) is not None]
+            verdicts = judge(self.params, self.key, self.sampler, episodes)
+            for b, episode, (token, logp, recorded, whole) in zip(slots, episodes, verdicts, strict=True):
+                length = len(episode.token)
+                episode.rewrite_turn(token, logp, recorded)
+                self.judged += len(token)
+                if whole:
+                    agreed.append(b)
+                    continue
+                self.redrawn += 1
+                new = len(episode.token)
+                self.slots = rewind(self.slots, np.int32(b), np.int32(new - 1), sampler=self.sampler)
+                self._feed({b: episode.token[-1:]}, prompt=False)
+                room, table = self.sampler.positions - new, np.asarray(self.collector.stop_SV)
+                resume(self.turns, b, token, length - new, room, table)
+                if not self.turns.live_B[b]:
+                    self.over.append(b)
+        return agreed
 
     def _say(self, episode: Episode, *, stopped: bool) -> None:
         tokenizer, ids = self.collector.tokenizer, episode.token[episode.turns[-1].token :]

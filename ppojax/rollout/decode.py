@@ -14,7 +14,7 @@ import numpy as np
 
 from ppojax.mesh import sharding
 from ppojax.models.forward import Params, head_VD, hidden_states, logits
-from ppojax.rollout.draw import cut, greedy_choice, record, sample
+from ppojax.rollout.draw import cut, greedy_choice, record, sample, uniforms
 from ppojax.rollout.mismatch import noisy
 from ppojax.rollout.sampler import SamplerDef, Slots, append, pin, record_shapes
 from ppojax.rollout.stop import START
@@ -65,7 +65,7 @@ def decode(
         if sampler.logit_noise:
             logits_BV = noisy(logits_BV, key_B, slots.length_B, sampler.logit_noise)
         logits_BV = logits_BV / sampler.temperature
-        uniform_B = jax.vmap(lambda k, t: jax.random.uniform(jax.random.fold_in(k, t)))(key_B, slots.length_B)
+        uniform_B = uniforms(key_B, slots.length_B)
         if sampler.greedy:
             token_B, logp_B = greedy_choice(logits_BV)
         else:

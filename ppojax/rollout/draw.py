@@ -60,6 +60,11 @@ def _nucleus(logits_BV: jax.Array, share: float) -> jax.Array:
     return bits_BV >= least_B[:, None]
 
 
+def uniforms(key_B: jax.Array, position_B: jax.Array) -> jax.Array:
+    """The uniform number of each draw: a function of its row's key and its position only."""
+    return jax.vmap(lambda key, position: jax.random.uniform(jax.random.fold_in(key, position)))(key_B, position_B)
+
+
 def sample(logits_BV: jax.Array, uniform_B: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Draw a token of each row by inverting its CDF, first over blocks of the vocabulary, then inside one.
 

@@ -101,6 +101,15 @@ class Episode:
         self.logp += [0.0] * len(ids) if logp is None else logp
         self.reward += [0.0] * len(ids)
 
+    def rewrite_turn(self, ids: Sequence[int], logp: Sequence[float], recorded: Recorded) -> None:
+        """Replace the turn that has just been written, and what was kept of it."""
+        start = self.turns[-1].token
+        before, whole = sum(self.action[:start]), jax.tree.map(lambda *x: np.concatenate(x), *self.recorded)
+        self.recorded = [jax.tree.map(lambda x: x[:before], whole), recorded]
+        for column in (self.token, self.action, self.logp, self.reward):
+            del column[start:]
+        self.write(ids, action=True, logp=logp)
+
     def say(self, text: str) -> dict[str, Any]:
         """End the turn: what it says as a message, for the environment."""
         message = {"role": "assistant", "content": text, "tokens": len(self.token) - self.turns[-1].token}

@@ -150,6 +150,12 @@ class RolloutConfig(Component):
         description="the trainer's devices in another order of axes, for sampling: slots over data, fsdp and expert, "
         "heads over tensor (fsdp=4 in training, data=4 here, gathers weights once a step); null: mesh",
     )
+    exact: bool = Field(
+        default=False,
+        description="score and draw each turn again by the trainer's own computation when it is over, so that sampler "
+        "and trainer do not differ but for single roundings (float32 on a CPU, see ppojax/rollout/exact.py); costs a "
+        "pass over the padded row for each turn",
+    )
     mismatch: Mismatch = Field(
         default=Mismatch(), description="gaps between sampler and trainer, put in on purpose for studies; not evaluated"
     )
@@ -163,6 +169,11 @@ class RolloutConfig(Component):
     def written(self) -> int:
         """Tokens of a row that the policy writes beside its turns, at most."""
         return 0 if self.compaction is None else self.compaction.written
+
+    @property
+    def row_bucket(self) -> int:
+        """What rows are padded to a multiple of; with `exact` all to one length, the sampler's and the trainer's."""
+        return self.max_tokens if self.exact else self.bucket
 
     @property
     def cuts(self) -> bool:

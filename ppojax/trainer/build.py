@@ -22,6 +22,7 @@ from ppojax.rollout.check import check_tasks
 from ppojax.rollout.collect import Collector
 from ppojax.rollout.compaction import Compactor
 from ppojax.rollout.draw import Cuts
+from ppojax.rollout.exact import Judge
 from ppojax.rollout.prompts import PromptLimit
 from ppojax.rollout.sampler import SamplerDef
 from ppojax.rollout.stop import stop_table
@@ -164,8 +165,24 @@ def make_collector(config: Config, model: ModelDef, tokenizer: Tokenizer, mesh: 
         rollout.env_timeout_s,
         hint_tokens=config.critic.privileged if config.advantage.needs_values else 0,
         compactor=_compactor(config, tokenizer, sampler),
+        judge=_judge(config, model),
         prompt_limit=PromptLimit(rollout.max_prompt_tokens, rollout.long_prompts),
     )
+
+
+def _judge(config: Config, model: ModelDef) -> Judge | None:
+    rollout = config.rollout
+    if not rollout.exact:
+        return None
+    platform = platform_of(model.mesh)
+    if platform != "cpu" or model.spec.moe is not None:
+        where = f"these devices are {platform}" if platform != "cpu" else "this model has experts"
+        raise ConfigError(
+            f"rollout.exact=true: {where}, where the same row is not computed the same way in every batch; it holds "
+            "for dense models on a CPU: set rollout.exact=false"
+        )
+    longest = max(rollout.max_turn_tokens, rollout.written)
+    return Judge(model, config.update.microbatch_rows, rollout.row_bucket, config.actions, longest)
 
 
 def _compactor(config: Config, tokenizer: Tokenizer, sampler: SamplerDef) -> Compactor | None:
@@ -178,9 +195,9 @@ def _compactor(config: Config, tokenizer: Tokenizer, sampler: SamplerDef) -> Com
 
 
 def plain(collector: Collector) -> Collector:
-    """The same episodes, of which nothing is kept that only training reads, by a sampler without injected gaps."""
+    """The same episodes by decoding alone, without injected gaps, and nothing kept of them that only training reads."""
     off = {"record_experts": False, "records": NO_RECORDS, "logit_noise": 0.0, "int8_cache": False}
-    return replace(collector, sampler=replace(collector.sampler, **off))
+    return replace(collector, sampler=replace(collector.sampler, **off), judge=None)
 
 
 def greedy(collector: Collector) -> Collector:

@@ -130,13 +130,13 @@ class Trainer:
     def _pack(self, rollout: Rollout) -> tuple[Sequence[Row | None], Layout, Experience]:
         config, settings = self.config, self.config.rollout
         group = settings.group_size if config.update.shared_prefix else 1
-        buckets = {"prompt_bucket": settings.prompt_bucket, "bucket": settings.bucket}
+        buckets = {"prompt_bucket": settings.prompt_bucket, "bucket": settings.row_bucket}
         rows, layout = lay_out(rollout.rows, group=group, **buckets)
         experience = pack(
             rows,
             batch=row_bucket(len(rows), settings.rows),
-            bucket=settings.bucket,
-            actions=config.env.max_turns * settings.max_turn_tokens + settings.written,
+            bucket=settings.row_bucket,
+            actions=config.actions,
             mesh=self.parts.mesh,
             layout=layout,
         )

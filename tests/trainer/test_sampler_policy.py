@@ -9,9 +9,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ppojax.models.forward import head_VD, score_tokens
-from ppojax.trainer import Trainer
+from helpers import SPEC
+from ppojax.errors import ConfigError
+from ppojax.models.forward import ModelDef, Params, action_states, head_VD, logits, score_tokens
+from ppojax.models.spec import MoESpec
+from ppojax.trainer import Trainer, build
 from ppojax.trainer.trainer import StepOut
+from ppojax.types import Experience, Layout
 from tiny_config import tiny
 
 # No reward is earned by a fresh model: the entropy bonus is what moves it.
@@ -71,6 +75,45 @@ def test_stale_weights_are_those_of_steps_ago() -> None:
         assert _tokens(new) == _tokens(old) and new.metrics["actor/loss"] == old.metrics["actor/loss"]
     for x, y in zip(jax.tree.leaves(again.state()), jax.tree.leaves(trainer.state()), strict=True):
         np.testing.assert_array_equal(x, y)
+
+
+def test_exact_sampling() -> None:
+    """What is recorded is what the trainer scores, to the bit, and what the update starts from but for roundings."""
+    trainer = Trainer(tiny(*PLAIN, "rollout.exact=true", "update.shared_prefix=false", "loss.type=ppo"))
+    largest = jax.jit(_largest_logit, static_argnames=("model",))
+    for _ in range(2):
+        policy = jax.tree.map(lambda p: p.copy(), trainer.policy())
+        out = trainer.step()
+        e = out.batch.experience
+        action_BT = np.asarray(e.action_BT)
+        assert e.token_BT.shape[1] == 64 and e.logp_old_BT is not None
+        np.testing.assert_array_equal(np.asarray(e.logp_old_BT)[action_BT], np.asarray(e.logp_behavior_BT)[action_BT])
+        # The update keeps what its backward pass needs, and is another program: single roundings of logits.
+        ulp = np.spacing(np.float32(largest(policy, e, model=trainer.parts.actor)))
+        assert out.metrics["sampling/logp_diff_max"] <= 4 * ulp
+        assert out.metrics["sampling/redrawn_frac"] < 0.01
+
+
+def _largest_logit(params: Params, e: Experience, model: ModelDef) -> jax.Array:
+    """The smallest over the actions of the largest |logit|."""
+    hidden_BAD, _ = action_states(model, params, e, Layout())
+    largest_BA = jnp.max(jnp.abs(logits(model, head_VD(params), hidden_BAD)), axis=-1)
+    return jnp.min(jnp.where(e.action_index_BA > 0, largest_BA, jnp.inf))
+
+
+def test_exact_sampling_where_it_cannot_hold(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Known only when the model and the devices are."""
+    config = tiny("rollout.exact=true", "update.shared_prefix=false")
+    moe = ModelDef(SPEC.model_copy(update={"moe": MoESpec(experts=4, chosen=2, ffn=16)}))
+    said = "where the same row is not computed the same way in every batch; it holds for dense models on a CPU: set"
+    with pytest.raises(ConfigError) as caught:
+        build._judge(config, moe)
+    assert str(caught.value) == f"rollout.exact=true: this model has experts, {said} rollout.exact=false"
+    monkeypatch.setattr(build, "platform_of", lambda mesh: "gpu")
+    with pytest.raises(ConfigError) as caught:
+        build._judge(config, ModelDef(SPEC))
+    assert str(caught.value) == f"rollout.exact=true: these devices are gpu, {said} rollout.exact=false"
+    assert build._judge(tiny(), ModelDef(SPEC)) is None
 
 
 def _tokens(out: StepOut) -> list[list[int]]:
