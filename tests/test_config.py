@@ -142,8 +142,9 @@ CONTRADICTIONS = [
     ),
     (
         (*BASE, "advantage.type=group", "rollout.group_size=1"),
-        "advantage.type=group (command line), rollout.group_size=1 (command line): an episode is compared with the "
-        "others of its task, and there are none; set rollout.group_size to 2 or more, or advantage.type=gae",
+        "advantage.type=group (command line), advantage.baseline=mean (default), rollout.group_size=1 (command line): "
+        "an episode is compared with the others of its task, and there are none; set rollout.group_size to 2 or more, "
+        "advantage.type=gae, or advantage.baseline=none and advantage.scale=none",
     ),
     (
         (*BASE, "update.minibatches=3"),
@@ -276,6 +277,18 @@ CONTRADICTIONS = [
         "the policy would never be trained; raise steps or lower critic.warmup_steps",
     ),
     (
+        (*BASE, "advantage.ensemble.agreed=0.2"),
+        "advantage.ensemble.agreed=0.2 (command line), advantage.ensemble.disputed=0.0 (default), "
+        "critic.count=1 (default): one critic does not disagree with itself; set critic.count to 2 or more, or "
+        "advantage.ensemble.agreed=0 and advantage.ensemble.disputed=0",
+    ),
+    (
+        (*BASE, "advantage.ensemble.disputed=0.2", "critic.count=2"),
+        "advantage.ensemble.disputed=0.2 (command line), loss.entropy_coefficient=0.0 (default): tokens are left out "
+        "of an entropy bonus that there is not; set loss.entropy_coefficient, for instance to 0.001, or "
+        "advantage.ensemble.disputed=0",
+    ),
+    (
         (*BASE, "critic.count=6", "critic.split=responses"),
         "critic.count=6 (command line), critic.split=responses (command line), rollout.group_size=4 (default): "
         "4 responses do not go round among 6 critics; set critic.count to 4 or less, or critic.split=none",
@@ -331,6 +344,8 @@ def test_contradictions_are_told_together_with_all_else() -> None:
 
 def test_what_is_not_used_is_not_judged() -> None:
     Config.load(*FRESH, "critic.model.layers=99", "critic.warmup_steps=999", "advantage.type=group")
+    alone = ("rollout.group_size=1", "advantage.type=group", "advantage.baseline=none", "advantage.scale=none")
+    Config.load(*BASE, *alone)
 
 
 EXACT = {

@@ -58,7 +58,7 @@ def behind(
     trace_MBT: Float[jax.Array, "M B T"],
     end_MB: Float[jax.Array, "M B"],
     gamma: float,
-    lambda_: float,
+    lambda_: float | Float[jax.Array, " B"],
 ) -> Float[jax.Array, "M B"]:
     """What a row's last step still gains from the other segments of its episode, 0 for an episode of one row.
 
@@ -71,7 +71,7 @@ def behind(
         trace_MBT: lambda-traces of the rows on their own, where a row that another one follows ends with nothing.
         end_MB: value with which a row goes on that no other follows.
         gamma: discount.
-        lambda_: of the traces.
+        lambda_: of the traces, one for all rows or one a row; the rows of a chain have the same.
     """
     linked_B = chains.linked_B
     if rule == "chain":
@@ -91,7 +91,7 @@ def _first_states(
     trace_MBT: Float[jax.Array, "M B T"],
     end_MB: Float[jax.Array, "M B"],
     gamma: float,
-    lambda_: float,
+    lambda_: float | Float[jax.Array, " B"],
 ) -> Float[jax.Array, "M B"]:
     """V + lambda trace in the state of each row's first action, with all that follows in later rows.
 
@@ -101,7 +101,7 @@ def _first_states(
     acts_B = e.action_BT.any(axis=1)
     first_B = jnp.argmax(e.action_BT, axis=1)
     rows_B = jnp.arange(len(first_B))
-    here_MB = value_MBT[:, rows_B, first_B] + lambda_ * trace_MBT[:, rows_B, first_B]
+    here_MB = value_MBT[:, rows_B, first_B] + beside(lambda_, 0) * trace_MBT[:, rows_B, first_B]
     steps_B = jnp.sum(step_BT & (jnp.arange(step_BT.shape[1])[None, :] >= first_B[:, None]), axis=1)
     own_MB = jnp.where(acts_B[None], here_MB, end_MB)
     passed_B = jnp.where(acts_B, power(gamma * lambda_, steps_B), 1.0)
@@ -113,6 +113,11 @@ def _first_states(
     return jax.lax.fori_loop(0, chains.depth, body, own_MB)
 
 
-def power(base: float, exponent: jax.Array) -> jax.Array:
+def beside(lambda_: float | Float[jax.Array, " B"], *axes: int) -> float | jax.Array:
+    """Give an array of one number a row further axes of length 1; one number for all rows needs none."""
+    return lambda_ if isinstance(lambda_, float) else jnp.expand_dims(lambda_, axes)
+
+
+def power(base: float | jax.Array, exponent: jax.Array) -> jax.Array:
     """`base ** exponent` for counts, in float32; exactly 1 for base 1 and for exponent 0."""
-    return jnp.power(jnp.float32(base), exponent.astype(jnp.float32))
+    return jnp.power(jnp.asarray(base, jnp.float32), exponent.astype(jnp.float32))

@@ -7,10 +7,11 @@ from typing import ClassVar, Literal
 
 from pydantic import Field
 
-from ppojax.advantages.chain import Chains, CutRule, behind, over_rows, power
+from ppojax.advantages.chain import Chains, CutRule, behind, beside, over_rows, power
+from ppojax.advantages.ensemble import EnsembleMask
+from ppojax.advantages.whiten import whiten
 from ppojax.component import Component
 from ppojax.lazy import Bool, Float, jax, jnp
-from ppojax.masking import masked_mean
 from ppojax.types import Advantage, Ending, Experience
 
 
@@ -21,7 +22,16 @@ class GAE(Component):
 
     type: Literal["gae"] = "gae"
     gamma: float = Field(default=1.0, ge=0, le=1, description="discount per step")
-    lambda_policy: float = Field(default=0.95, ge=0, le=1, description="lambda of the advantage")
+    lambda_policy: float = Field(
+        default=0.95, ge=0, le=1, description="lambda of the advantage, where length_alpha is null"
+    )
+    length_alpha: float | None = Field(
+        default=None,
+        gt=0,
+        allow_inf_nan=True,
+        description="in place of lambda_policy, 1 - 1/(length_alpha L) and at least 0, with L the actions of the "
+        "episode (of the row, with cut_rule scale and broadcast): VAPO 0.05, BPCO 0.4, SAO and CompactionRL 1.5",
+    )
     lambda_value: float = Field(
         default=1.0, ge=0, le=1, description="lambda of the critics' targets; 1: Monte-Carlo returns"
     )
@@ -48,6 +58,10 @@ class GAE(Component):
         description="smallest deviation to divide by, so that equal rewards do not blow up value noise",
     )
 
+    ensemble: EnsembleMask = Field(
+        default=EnsembleMask(), description="what the disagreement of several critics decides (AsyPPO)"
+    )
+
     def __call__(self, experience: Experience) -> Advantage:
         """Estimate advantages and the critics' targets from right to left (arXiv 1506.02438, eq. 16).
 
@@ -57,7 +71,8 @@ class GAE(Component):
         t + 1 is the next position that counts under `mask_rule`; under `skip` value and trace pass over the others
         unchanged. After the last token comes V = 0 when the row terminated, `value_MBT[:, :, length]` when it was cut
         and no row of the batch goes on, and what `truncation` says when it was truncated. Each critic's target is made
-        of its own values, before whitening. Both results are 0 off action, and stop-gradiented.
+        of its own values, before whitening; `ensemble` sets advantages to 0 after it. Both results are 0 off action,
+        and stop-gradiented.
 
         Where another row goes on, what comes after the last token is X, of which (gamma lambda)^(steps after t) X
         arrives in trace_t:
@@ -88,22 +103,41 @@ class GAE(Component):
         chains = Chains.of(experience)
         end_MB = self._value_after(experience, chains)
 
+        lambda_ = self._lambda_policy(action_BT, chains)
         trace = partial(self._trace, experience, chains, step_BT)
         mean = partial(jnp.mean, axis=0, keepdims=True)
-        advantage_BT = trace(mean(value_MBT), mean(end_MB), self.lambda_policy)[0]
+        advantage_BT = trace(mean(value_MBT), mean(end_MB), lambda_)[0]
         return_MBT = value_MBT + trace(value_MBT, end_MB, self.lambda_value)
         if self.cut_rule == "scale":
             later_B = over_rows(chains.later_BB, jnp.sum(action_BT, axis=1, dtype=jnp.float32))
-            advantage_BT *= power(self.gamma * self.lambda_policy, later_B)[:, None]
+            advantage_BT *= power(self.gamma * lambda_, later_B)[:, None]
         counted_BT = action_BT
         if self.truncation == "mask_out":
-            truncated_B = experience.ending_B == Ending.TRUNCATED
-            truncated_B |= (chains.later_BB & truncated_B[None, :]).any(axis=1)
-            counted_BT = action_BT & ~truncated_B[:, None]
+            counted_BT = action_BT & ~_truncated(experience, chains)[:, None]
             return_MBT = jnp.where(counted_BT[None], return_MBT, value_MBT)
         if self.whiten == "batch":
-            advantage_BT = self._whiten(advantage_BT, counted_BT)
-        return Advantage(jnp.where(counted_BT, advantage_BT, 0.0), jnp.where(action_BT[None], return_MBT, 0.0))
+            advantage_BT = whiten(advantage_BT, counted_BT, self.whiten_floor)
+        masks = self.ensemble(value_MBT, action_BT)
+        if masks.agreed_BT is not None:
+            counted_BT &= ~masks.agreed_BT
+        advantage_BT = jnp.where(counted_BT, advantage_BT, 0.0)
+        return Advantage(advantage_BT, jnp.where(action_BT[None], return_MBT, 0.0), masks.explored_BT)
+
+    def _lambda_policy(self, action_BT: Bool[jax.Array, "B T"], chains: Chains) -> float | Float[jax.Array, " B"]:
+        """The policy's lambda, with `length_alpha` one for each row (VAPO, arXiv 2504.05118).
+
+            lambda = max(0, 1 - 1/(length_alpha L)),      L = the actions that the trace runs over
+
+        So the reward at the end weighs exp(-1/length_alpha) in the advantage of the first of many actions, however many
+        they are. L is of all rows of the episode with cut_rule=chain; with scale (as in arXiv 2607.05378) and broadcast
+        it is of the row.
+        """
+        if self.length_alpha is None:
+            return self.lambda_policy
+        count_B = jnp.sum(action_BT, axis=1, dtype=jnp.float32)
+        if self.cut_rule == "chain":
+            count_B = count_B + over_rows(chains.later_BB | chains.later_BB.T, count_B)
+        return jnp.maximum(1.0 - 1.0 / (self.length_alpha * jnp.maximum(count_B, 1.0)), 0.0)
 
     def _value_after(self, experience: Experience, chains: Chains) -> Float[jax.Array, "M B"]:
         assert experience.value_MBT is not None
@@ -122,23 +156,20 @@ class GAE(Component):
         step_BT: Bool[jax.Array, "B T"],
         value_MBT: Float[jax.Array, "M B T"],
         end_MB: Float[jax.Array, "M B"],
-        lambda_: float,
+        lambda_: float | Float[jax.Array, " B"],
     ) -> Float[jax.Array, "M B T"]:
         gamma = self.gamma
         trace_MBT = _traces(value_MBT, experience.reward_BT, step_BT, end_MB, gamma, lambda_)
         x_MB = behind(self.cut_rule, experience, chains, step_BT, value_MBT, trace_MBT, end_MB, gamma, lambda_)
         count_BT = step_BT.astype(jnp.int32)
         later_BT = jax.lax.cumsum(count_BT, axis=1, reverse=True) - count_BT
-        return trace_MBT + power(gamma * lambda_, later_BT)[None] * x_MB[:, :, None]
+        return trace_MBT + power(gamma * beside(lambda_, 1), later_BT)[None] * x_MB[:, :, None]
 
-    def _whiten(
-        self, advantage_BT: Float[jax.Array, "B T"], mask_BT: Bool[jax.Array, "B T"]
-    ) -> Float[jax.Array, "B T"]:
-        total = masked_mean(advantage_BT, mask_BT)
-        centered_BT = advantage_BT - total.sum / jnp.maximum(total.weight, 1.0)
-        square = masked_mean(jnp.square(centered_BT), mask_BT)
-        deviation = jnp.sqrt(square.sum / jnp.maximum(square.weight, 1.0))
-        return centered_BT / jnp.maximum(deviation, self.whiten_floor)
+
+def _truncated(e: Experience, chains: Chains) -> Bool[jax.Array, " B"]:
+    """Whether a row or a later one of its episode hit a limit."""
+    truncated_B = e.ending_B == Ending.TRUNCATED
+    return truncated_B | (chains.later_BB & truncated_B[None, :]).any(axis=1)
 
 
 def _traces(
@@ -147,13 +178,15 @@ def _traces(
     step_BT: Bool[jax.Array, "B T"],
     next_value_MB: Float[jax.Array, "M B"],
     gamma: float,
-    lambda_: float,
+    lambda_: float | Float[jax.Array, " B"],
 ) -> Float[jax.Array, "M B T"]:
+    decay = gamma * beside(lambda_, 0)
+
     def body(carry, inputs):
         next_value_MB, trace_MB = carry
         value_MB, reward_B, step_B = inputs
         delta_MB = reward_B[None] + gamma * next_value_MB - value_MB
-        stepped = (value_MB, delta_MB + gamma * lambda_ * trace_MB)
+        stepped = (value_MB, delta_MB + decay * trace_MB)
         carry = jax.tree.map(lambda new, old: jnp.where(step_B[None], new, old), stepped, carry)
         return carry, carry[1]
 

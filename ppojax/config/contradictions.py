@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
-from ppojax.advantages import Group
+from ppojax.advantages import GAE, Group
 from ppojax.losses import DPPO
 from ppojax.losses.policy import PolicyLoss
 from ppojax.mesh import AXES, MeshConfig
@@ -55,6 +55,12 @@ def _entropy(config: Config) -> Iterator[Contradiction]:
             ("loss.entropy_control.target", "loss.entropy_coefficient"),
             "the control scales the bonus, and there is none",
             "set loss.entropy_coefficient, for instance to 0.001, or loss.entropy_control=null",
+        )
+    if isinstance(config.advantage, GAE) and config.advantage.ensemble.disputed > 0 and not loss.entropy:
+        yield Contradiction(
+            ("advantage.ensemble.disputed", "loss.entropy_coefficient"),
+            "tokens are left out of an entropy bonus that there is not",
+            "set loss.entropy_coefficient, for instance to 0.001, or advantage.ensemble.disputed=0",
         )
 
 
@@ -132,11 +138,12 @@ def _split(mesh: MeshConfig, where: str, shape: FreshSpec, key: str) -> Iterator
 def _rows(config: Config) -> Iterator[Contradiction]:
     rollout, update, mesh = config.rollout, config.update, config.mesh
     counted = ("rollout.prompts", "rollout.group_size")
-    if isinstance(config.advantage, Group) and rollout.group_size == 1:
+    if isinstance(config.advantage, Group) and config.advantage.baseline != "none" and rollout.group_size == 1:
         yield Contradiction(
-            ("advantage.type", "rollout.group_size"),
+            ("advantage.type", "advantage.baseline", "rollout.group_size"),
             "an episode is compared with the others of its task, and there are none",
-            "set rollout.group_size to 2 or more, or advantage.type=gae",
+            "set rollout.group_size to 2 or more, advantage.type=gae, or advantage.baseline=none and "
+            "advantage.scale=none",
         )
     rows = rollout.rows // update.minibatches
     if rollout.rows % update.minibatches:
@@ -306,7 +313,13 @@ def _frozen(config: Config) -> Iterator[Contradiction]:
 
 
 def _ensemble(config: Config) -> Iterator[Contradiction]:
-    critic, rollout = config.critic, config.rollout
+    critic, rollout, advantage = config.critic, config.rollout, config.advantage
+    if isinstance(advantage, GAE) and advantage.ensemble.on and critic.count == 1:
+        yield Contradiction(
+            ("advantage.ensemble.agreed", "advantage.ensemble.disputed", "critic.count"),
+            "one critic does not disagree with itself",
+            "set critic.count to 2 or more, or advantage.ensemble.agreed=0 and advantage.ensemble.disputed=0",
+        )
     dealt = {"prompts": ("rollout.prompts", rollout.prompts), "responses": ("rollout.group_size", rollout.group_size)}
     if critic.split in dealt:
         key, size = dealt[critic.split]

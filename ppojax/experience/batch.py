@@ -24,7 +24,7 @@ def make_batch(experience: Experience, *, estimator: AdvantageEstimator, entropy
     entropy_BT = None
     if entropy_scale is not None or out.explored_BT is not None:
         explored_BT = jnp.ones_like(experience.action_BT) if out.explored_BT is None else out.explored_BT
-        entropy_BT = explored_BT * jnp.float32(1.0 if entropy_scale is None else entropy_scale)
+        entropy_BT = explored_BT.astype(jnp.float32) * jnp.float32(1.0 if entropy_scale is None else entropy_scale)
     return Batch(experience, out.advantage_BT, out.return_MBT, score_B, entropy_BT)
 
 

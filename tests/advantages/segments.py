@@ -77,8 +77,17 @@ def random_rows(seed: int, *, gaps: bool = True) -> list[Segment]:
     return [rows[i] for i in rng.permutation(len(rows))]
 
 
-def loop(rows: list[Segment], mask_rule: str, cut_rule: str, truncation: str, gamma: float, lambdas: tuple) -> tuple:
-    """Float64: an episode's steps are listed one after the other, then walked backwards."""
+def loop(
+    rows: list[Segment],
+    mask_rule: str,
+    cut_rule: str,
+    truncation: str,
+    gamma: float,
+    lambdas: tuple,
+    alpha: float | None = None,
+) -> tuple:
+    """Float64: an episode's steps are listed one after the other, then walked backwards. With `alpha` the policy's
+    lambda is 1 - 1/(alpha L), no less than 0."""
     advantage, target = np.zeros((B, T)), np.zeros((M, B, T))
 
     def end(row: Segment) -> np.ndarray:
@@ -132,8 +141,12 @@ def loop(rows: list[Segment], mask_rule: str, cut_rule: str, truncation: str, ga
             if cut_rule == "broadcast":
                 extra = extra + sum(rows[c].reward.sum() for c in earlier)
         dropped = truncation == "mask_out" and Ending.TRUNCATED in [rows[c].ending for c in [b, *later]]
-        shrink = (gamma * lambdas[0]) ** sum(rows[c].action.sum() for c in later) if cut_rule == "scale" else 1.0
-        policy = walk(where, after, extra, lambdas[0], mean=True)
+        lambda_policy = lambdas[0]
+        if alpha is not None:
+            count = sum(rows[c].action.sum() for c in (mates if cut_rule == "chain" else [b]))
+            lambda_policy = max(1 - 1 / (alpha * count), 0) if count else 0
+        shrink = (gamma * lambda_policy) ** sum(rows[c].action.sum() for c in later) if cut_rule == "scale" else 1.0
+        policy = walk(where, after, extra, lambda_policy, mean=True)
         critics = walk(where, after, extra, lambdas[1], mean=False)
         for t in np.flatnonzero(row.action):
             target[:, b, t] = row.value[:, t]

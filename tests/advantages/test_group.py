@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from pydantic import ValidationError
 from segments import Segment, batch_of, random_rows
 
 from ppojax.advantages import Group
@@ -35,6 +36,7 @@ def per_row(out) -> np.ndarray:
         ("mean", "std", [-1, 0.5 / np.sqrt(0.5), 1, 0, -0.5 / np.sqrt(0.5)]),
         ("leave_one_out", "none", [-0.75, 1, 0.75, 0, -1]),
         ("leave_one_out", "std", [-1.5, 1 / np.sqrt(0.5), 1.5, 0, -1 / np.sqrt(0.5)]),
+        ("none", "none", [0, 1, 1, 0.5, 0]),
     ],
 )
 def test_ragged_groups(baseline, scale, expected):
@@ -129,3 +131,64 @@ def test_rows_of_an_episode_have_the_same_advantage_to_the_bit(every_variant):
         for episode in {row.episode for row in rows}:
             mine = [advantage_BT[b, : len(r.action)][r.action] for b, r in enumerate(rows) if r.episode == episode]
             assert len(set(np.concatenate(mine).tolist())) <= 1
+
+
+# --- without a group, to go, whitened ------------------------------------------------------------------------------
+
+PLUS_PLUS = [
+    Group(baseline=baseline, scale="none", rewards=rewards, whiten=whiten)
+    for baseline, rewards, whiten in (
+        ("none", "to_go", "off"),
+        ("none", "to_go", "batch"),  # REINFORCE++
+        ("mean", "episode", "batch"),  # its variant for groups, in verl
+        ("mean", "to_go", "batch"),  # and in OpenRLHF
+        ("leave_one_out", "to_go", "off"),
+    )
+]
+
+
+def by_token(group: Group, rows: list[Segment], groups: list[int], shape: tuple[int, int]) -> np.ndarray:
+    """Float64, token by token."""
+    out, mask = np.zeros(shape), np.zeros(shape, bool)
+    whole = [sum(r.reward.sum() for r in rows if r.valid and r.episode == row.episode) for row in rows]
+    plain = Group(baseline=group.baseline, scale="none")
+    compared = whole if group.baseline == "none" else by_hand(plain, rows, groups)
+    for b, row in enumerate(rows):
+        n = len(row.action)
+        mask[b, :n] = row.action & row.valid
+        before = sum(r.reward.sum() for r in rows if r.valid and r.episode == row.episode and r.segment < row.segment)
+        past = before + np.cumsum(row.reward) - row.reward
+        out[b, :n] = compared[b] - (past if group.rewards == "to_go" else 0)
+    if group.whiten == "batch" and mask.any():
+        out = (out - out[mask].mean()) / max(out[mask].std(), group.whiten_floor)
+    return np.where(mask, out, 0)
+
+
+def test_rewards_to_go_and_whitening_over_chains():
+    run = jax.jit(lambda e: [group(e).advantage_BT for group in PLUS_PLUS])
+    for seed in range(8):
+        chains = random_rows(seed)
+        groups = [row.episode % 3 for row in chains]
+        e = batch_of(chains)
+        e = e._replace(group_B=jnp.asarray(groups + [99] * (len(e.group_B) - len(chains)), jnp.int32))
+        for group, advantage_BT in zip(PLUS_PLUS, run(e), strict=True):
+            # float32 sums of at most 28 rewards of order 1, and two passes over the batch
+            np.testing.assert_allclose(
+                advantage_BT, by_token(group, chains, groups, advantage_BT.shape), rtol=1e-5, atol=2e-6
+            )
+
+
+def test_equal_returns_stay_where_nothing_is_compared():
+    """REINFORCE learns from a group of one and from equal returns; whitening takes what all tokens have in common."""
+    e = rows([0.5, 0.5, 0.5], [1, 1, 2])
+    np.testing.assert_array_equal(per_row(Group(baseline="none", scale="none")(e)), 0.5)
+    np.testing.assert_array_equal(per_row(Group(baseline="none", scale="none", whiten="batch")(e)), 0)
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "message"),
+    [({"baseline": "none"}, "scale=std needs a group"), ({"rewards": "to_go"}, "scale=std is of whole episodes")],
+)
+def test_a_deviation_needs_whole_returns_of_a_group(kwargs, message):
+    with pytest.raises(ValidationError, match=message):
+        Group(**kwargs)
