@@ -40,6 +40,8 @@ LATE_IMPORTS = {
     ("envs/rewards/rules.py", "math_verify"),
     ("envs/reasoning_gym.py", "reasoning_gym.factory"),
     ("envs/aviary.py", "aviary.core"),
+    ("envs/verifiers.py", "verifiers.v1"),
+    ("envs/verifiers.py", "verifiers.v1.utils"),
     ("models/__init__.py", "ppojax.models.api"),
     ("train.py", "ppojax.trainer.session"),
     ("evaluate.py", "ppojax.trainer.held_out"),

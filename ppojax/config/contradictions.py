@@ -25,6 +25,7 @@ def contradictions(config: Config) -> Iterator[Contradiction]:
     yield from _model(config)
     yield from _rows(config)
     yield from _tokens(config)
+    yield from _history(config)
     yield from _slots(config)
     yield from _records(config)
     if config.rollout.exact:
@@ -178,6 +179,15 @@ def _tokens(config: Config) -> Iterator[Contradiction]:
             ("rollout.max_turn_tokens", "rollout.max_tokens"),
             "a turn leaves no room for the prompt in its row",
             "raise rollout.max_tokens or lower rollout.max_turn_tokens",
+        )
+
+
+def _history(config: Config) -> Iterator[Contradiction]:
+    if config.env.writes_tokens and config.rollout.compaction is not None:
+        yield Contradiction(
+            ("rollout.compaction", "env.type"),
+            "this environment writes its prompts as tokens, and shortens the history itself",
+            "set rollout.compaction=null",
         )
 
 

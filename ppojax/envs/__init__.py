@@ -11,11 +11,12 @@ from ppojax.envs.jsonl import JsonLines
 from ppojax.envs.python_tool import PythonTool
 from ppojax.envs.reasoning_gym import ReasoningGym
 from ppojax.envs.tool_env import ToolEnv
+from ppojax.envs.verifiers import Verifiers
 from ppojax.envs.warehouse import Warehouse
 
 # Another environment is a file, and its name here.
 EnvConfig = Annotated[
-    Aviary | Calculator | JsonLines | PythonTool | ReasoningGym | ToolEnv | Warehouse,
+    Aviary | Calculator | JsonLines | PythonTool | ReasoningGym | ToolEnv | Verifiers | Warehouse,
     Field(discriminator="type", description="environment"),
 ]
 
@@ -33,5 +34,6 @@ __all__ = [
     "Step",
     "Task",
     "ToolEnv",
+    "Verifiers",
     "Warehouse",
 ]

@@ -25,12 +25,14 @@ class Task:
 class Reset:
     """How an episode starts: the prompt, and the JSON schemas of the tools that the chat template announces.
 
-    `privileged` is shown to the critics alone, and only where `critic.privileged` asks for it.
+    `privileged` is shown to the critics alone, and only where `critic.privileged` asks for it. `ids` is the prompt as
+    tokens, from an environment that writes them itself; messages are then for people only.
     """
 
     messages: Messages
     tools: list[dict[str, Any]] = field(default_factory=list)
     privileged: str = ""  # what the policy must not know and a critic may: the answer, a rubric, the best moves
+    ids: list[int] | None = None
 
 
 @dataclass(frozen=True)
@@ -38,7 +40,8 @@ class Step:
     """What follows an assistant message.
 
     `terminated`: the episode is over by its own rules, nothing can be earned any more. `truncated`: a limit from
-    outside cut it, it would have gone on. `info` of the last step holds `success`.
+    outside cut it, it would have gone on. `info` of the last step holds `success`. `ids` are the tokens that follow the
+    turn, as in `Reset`; where they are `fresh` they are a whole prompt, with which the episode goes on in another row.
     """
 
     messages: Messages
@@ -46,6 +49,8 @@ class Step:
     terminated: bool = False
     truncated: bool = False
     info: dict[str, Any] = field(default_factory=dict)
+    ids: list[int] | None = None
+    fresh: bool = False
 
 
 @runtime_checkable
@@ -59,6 +64,7 @@ class Env(Protocol):
     def step(self, message: dict[str, Any]) -> Step:
         """Answer an assistant message: its role, its content, and `tokens`, how many the policy wrote for it.
 
+        Where the settings say `writes_tokens` also `token_ids`, `logp`, and `finish_reason` (`stop`, or `length`).
         Called in a thread of its own with `rollout.workers`, so that what waits for others (a judge, a tool) does not
         hold up the sampler.
         """
@@ -101,6 +107,7 @@ class EnvSettings(Component):
     """
 
     has_expert: ClassVar[bool] = False
+    writes_tokens: ClassVar[bool] = False  # its prompts and answers come with `ids`
 
     @property
     def stop(self) -> tuple[str, ...]:

@@ -25,7 +25,7 @@ from ppojax.rollout.decode import Turns, begin_turn, decode, no_turns
 from ppojax.rollout.episode import Episode, LateEnv, Tail
 from ppojax.rollout.exact import Judge, resume, rewind
 from ppojax.rollout.feed import feed, share_prompts
-from ppojax.rollout.prompts import ANY_THAT_FITS, LongPromptError, Prompt, PromptLimit
+from ppojax.rollout.prompts import ANY_THAT_FITS, LongPromptError, Prompt, PromptLimit, check_ids
 from ppojax.rollout.sampler import SamplerDef, empty, record_shapes
 from ppojax.rollout.workers import PROMPT_S, Job, Workers
 from ppojax.types import Ending, Messages, Rollout
@@ -205,9 +205,16 @@ class _Play:
             return
         try:  # a text of a million characters is not encoded to find that no row can hold it
             fits = tokenizer.at_least(new) < self.sampler.positions
-            suffix = tokenizer.suffix(new, ended=episode.token[-1] in tokenizer.eos_ids) if fits else []
+            if step.ids is not None:
+                suffix = check_ids(step.ids, tokenizer)
+            else:
+                suffix = tokenizer.suffix(new, ended=episode.token[-1] in tokenizer.eos_ids) if fits else []
         except Exception as error:  # an environment may say anything, such as what this vocabulary cannot write
             episode.fail(error)
+            return
+        if step.fresh:
+            del episode.messages[len(episode.messages) - len(new) :]
+            self._restart(episode, suffix, new, Tail([], [], []))
             return
         compactor, tokens = self.collector.compactor, len(episode.token) + len(suffix)
         if fits and compactor is not None and compactor.due(episode, tokens):
@@ -235,7 +242,7 @@ class _Play:
             self._begin_turn(episode, tokens=compactor.settings.written)
 
     def _go_on(self, compactor: Compactor, episode: Episode, tail: Tail, summary: str) -> None:
-        """Go on in a new row, if it has room for a turn."""
+        """Go on in a new row."""
         assert episode.reset is not None
         messages = compactor.prompt(episode.reset, summary)
         try:
@@ -243,6 +250,10 @@ class _Play:
         except DataError as error:  # what the policy wrote cannot be written by the template
             episode.fail(error)
             return
+        self._restart(episode, prompt, messages, tail)
+
+    def _restart(self, episode: Episode, prompt: list[int], messages: Messages, tail: Tail) -> None:
+        """Cut the row and begin another one, if it has room for a turn."""
         if len(prompt) + len(tail.token) >= self.sampler.positions:
             episode.ending = Ending.TRUNCATED
             return
@@ -365,6 +376,9 @@ class _Play:
         tokenizer, ids = self.collector.tokenizer, episode.token[episode.turns[-1].token :]
         episode.clipped |= not stopped
         message = episode.say(tokenizer.decode(ids[:-1] if ids[-1] in tokenizer.eos_ids else ids))
+        if self.collector.env.writes_tokens:
+            reason = "stop" if stopped else "length"
+            message = message | {"token_ids": ids, "logp": episode.logp[-len(ids) :], "finish_reason": reason}
         compactor, tail = self.collector.compactor, episode.tail
         if compactor is None or tail is None:
             self._ask(episode, partial(episode.env.step, message))

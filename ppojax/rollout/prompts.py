@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
@@ -51,11 +52,13 @@ class PromptLimit:
         check_messages(reset.messages)
         limit = room if self.tokens is None else min(self.tokens, room)
         least = tokenizer.at_least(reset.messages)
-        # A text of a million characters is refused without being encoded.
-        ids = tokenizer.render(reset.messages, reset.tools) if least <= limit else None
+        if reset.ids is not None:
+            ids = check_ids(reset.ids, tokenizer)
+        else:  # a text of a million characters is refused without being encoded
+            ids = tokenizer.render(reset.messages, reset.tools) if least <= limit else None
         if ids is not None and len(ids) <= limit:
             return Prompt(ids, list(reset.messages), cut=False)
-        if self.policy == "truncate":
+        if self.policy == "truncate" and reset.ids is None:
             cut = _cut(tokenizer, reset, limit)
             if cut is not None:
                 return cut
@@ -77,6 +80,13 @@ def check_messages(messages: Any) -> None:
     if not isinstance(messages, list) or not all(isinstance(m, dict) and "role" in m for m in messages):
         raise TypeError(f"expected a list of messages with role and content, got {messages!r:.80}")
     json.dumps(messages, allow_nan=False)
+
+
+def check_ids(ids: Sequence[int], tokenizer: Tokenizer) -> list[int]:
+    """Check tokens that an environment wrote itself. Raises ValueError."""
+    if wrong := [i for i in ids if not 0 <= i < tokenizer.vocab_size]:
+        raise ValueError(f"token {wrong[0]}, expected ids of this model's tokenizer, 0 to {tokenizer.vocab_size - 1}")
+    return list(ids)
 
 
 def _cut(tokenizer: Tokenizer, reset: Reset, limit: int) -> Prompt | None:
