@@ -79,7 +79,7 @@ def _show(steps: list[StepEntry], at: int, number: int, settings: ViewConfig) ->
         raise ConfigError(
             f"the viewer cannot be imported ({error}): pip install 'ppojax[view]'; html=FILE writes a page without it"
         ) from error
-    viewer = Viewer(steps, at, number, settings.colour)
+    viewer = Viewer(settings.run, steps, at, number, settings.colour)
     viewer.run()
     return viewer.return_code or ExitCode.DONE
 

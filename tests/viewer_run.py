@@ -91,6 +91,8 @@ def small_run(run: Path, *, critics: int = 1, ratio: bool = True) -> Path:
             arrays["value_MBT"] = np.stack([value_BT + 0.1 * m for m in range(critics)])
         if ratio:
             arrays["ratio_BT"] = np.tile(np.exp2(np.linspace(-1, 1, 8, dtype=np.float32)), (5, 1))
-        write_step(run, step, rows, pieces, advantage_BT=advantage_BT, **arrays)
+        mask_BT = np.ones((5, 8), bool)
+        mask_BT[2, 2] = False
+        write_step(run, step, rows, pieces, advantage_BT=advantage_BT, mask_BT=mask_BT, **arrays)
     write_metrics(run, {1: 0.125, 2: 0.25, 12: 0.5})
     return run

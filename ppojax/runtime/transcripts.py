@@ -35,6 +35,7 @@ def write_transcripts(
     advantage_BT: np.ndarray | None = None,
     value_MBT: np.ndarray | None = None,
     ratio_BT: np.ndarray | None = None,
+    mask_BT: np.ndarray | None = None,
 ) -> None:
     """Write one JSON object a row to `path` (`rollouts/step_NNNNNN.jsonl`).
 
@@ -42,9 +43,9 @@ def write_transcripts(
     dropped. Fields of an object: `group`, `episode`, `segment` (the rows of an episode are linked by the last two),
     `ending`, `error` (what kind, where it failed), `clipped` (a turn ran into its limit), `reward_sum`, `messages`,
     and, one entry a token, `token`, `text` (pieces that join to the whole text), `action`, `reward`, `logp_behavior`,
-    `advantage`, `value` (a list for each critic), `ratio`; null where it was not given. `value_end` is each critic's
-    value of the state after the last token, where the episode goes on there (truncated, cut) and the arrays reach that
-    far. Numbers carry six digits.
+    `advantage`, `value` (a list for each critic), `ratio`, `mask` (0 where a trust region left the token out); null
+    where it was not given. `value_end` is each critic's value of the state after the last token, where the episode goes
+    on there (truncated, cut) and the arrays reach that far. Numbers carry six digits.
 
     A file that cannot be written is a warning: no run ends for want of a transcript.
     """
@@ -74,6 +75,7 @@ def write_transcripts(
             "value": values,
             "value_end": end,
             "ratio": None if ratio_BT is None else _numbers(ratio_BT[i, :n]),
+            "mask": None if mask_BT is None else mask_BT[i, :n].astype(int).tolist(),
         }
         # ASCII only: a terminal that shows the file meets no control character.
         lines.append(json.dumps(record, allow_nan=False))

@@ -172,3 +172,4 @@ def _report(run: RunDir, console: Console, seconds: float) -> None:
     console.print(f"\nmetrics      {run.metrics}\ntranscripts  {run.rollouts}\ncheckpoints  {run.checkpoints}")
     console.print(f"tensorboard  tensorboard --logdir {run.tensorboard}")
     console.print(f"evaluate     python -m ppojax.evaluate run={run.path}")
+    console.print(f"look         python -m ppojax.view run={run.path}")

@@ -19,12 +19,12 @@ from ppojax.viewer.characters import one_line, visible
 from ppojax.viewer.colours import QUANTITIES, Quantity, Scale, legend
 from ppojax.viewer.episode import Episode, Token
 from ppojax.viewer.page import facts, missing
-from ppojax.viewer.run import StepEntry, StepFile, Summary
+from ppojax.viewer.run import StepEntry, StepFile, Summary, find_steps
 from ppojax.viewer.widgets import Listing, TokenView, ValueLine
 
 KEYS = (
     ("up down  k j", "previous, next episode"),
-    ("p n", "previous, next step"),
+    ("p n", "previous, next step, also one that the run has done since"),
     ("g", "go to a step"),
     ("left right  h l", "previous, next token"),
     ("[ ]", "previous, next turn"),
@@ -56,7 +56,7 @@ class Help(ModalScreen[None]):
 
 
 class Viewer(App[None]):
-    """Shows the transcripts of one run. `at` says with which step it starts, `number` with which episode."""
+    """Shows the transcripts of the run in a folder, from step `steps[at]` and its episode `number` on."""
 
     AUTO_FOCUS = None  # keys are the app's, but for the line that asks
     TITLE = "ppojax view"
@@ -91,9 +91,9 @@ class Viewer(App[None]):
         Binding("q", "quit", show=False),
     ]
 
-    def __init__(self, steps: Sequence[StepEntry], at: int, number: int, quantity: Quantity) -> None:
+    def __init__(self, run: str, steps: Sequence[StepEntry], at: int, number: int, quantity: Quantity) -> None:
         super().__init__()
-        self.steps, self.at, self.number = steps, at, number
+        self.folder, self.steps, self.at, self.number = run, steps, at, number
         self.quantity: Quantity = quantity
         self.file: StepFile | None = None
         self.listed: list[Summary] = []
@@ -118,14 +118,15 @@ class Viewer(App[None]):
 
     def on_mount(self) -> None:
         """Show the first episode."""
-        lines = [f"{s.step:>7} {'-' if s.reward is None else format(s.reward, '8.3f'):>8}" for s in self.steps]
-        self.query_one("#steps", Listing).fill(lines, self.at)
+        self._list_steps()
         self.query_one(TokenView).quantity = self.quantity
         self._open_step(self.at)
         if self.file is not None:
             self._open_episode(self.listed.index(self.file.find(self.number)))
 
-    # -- what is shown ---------------------------------------------------------------------------------------------
+    def _list_steps(self) -> None:
+        lines = [f"{s.step:>7} {'-' if s.reward is None else format(s.reward, '8.3f'):>8}" for s in self.steps]
+        self.query_one("#steps", Listing).fill(lines, self.at)
 
     def _open_step(self, at: int) -> None:
         self.at = at
@@ -189,15 +190,19 @@ class Viewer(App[None]):
         hint = "? keys   / filter   a v r m colours   q leave"
         self.query_one("#status", Static).update(Text(text or hint, style="" if text else "dim"))
 
-    # -- what is done ----------------------------------------------------------------------------------------------
-
     def action_episode(self, by: int) -> None:
         """Open the next or the previous episode of the list."""
         if 0 <= self.chosen + by < len(self.listed):
             self._open_episode(self.chosen + by)
 
     def action_step(self, by: int) -> None:
-        """Open the next or the previous step."""
+        """Open the next or the previous step. After the last one, look whether the run has gone on."""
+        if self.at + by == len(self.steps):
+            try:
+                self.steps = find_steps(self.folder)
+            except DataError as error:
+                self._say(one_line(str(error)))
+            self._list_steps()
         if 0 <= self.at + by < len(self.steps):
             self._open_step(self.at + by)
 

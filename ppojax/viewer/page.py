@@ -100,7 +100,7 @@ def page(title: str, body: str) -> str:
 def figure(episode: Episode, scale: Scale, *, title: str, shown: Quantity = "advantage", name: str = "e") -> str:
     """Draw one episode as markup for a page with `STYLE` and `SCRIPT`: facts, curve, and coloured tokens.
 
-    `name` tells figures of one page apart (letters and digits). A token costs some 60 bytes.
+    `name` tells figures of one page apart (letters and digits). A token costs 20 to 70 bytes.
     """
     assert name.isidentifier(), name
     parts = [f"<section class=episode><h2>{_text(title)}</h2>", _facts(episode), curve_svg(episode)]

@@ -36,7 +36,7 @@ def play(
 
     async def go() -> T:
         steps = find_steps(str(run))
-        app = Viewer(steps, 0, 0, "advantage")
+        app = Viewer(str(run), steps, 0, 0, "advantage")
         async with app.run_test(size=size) as pilot:
             await pilot.pause()
             return await body(app, pilot)
@@ -228,6 +228,24 @@ def test_a_transcript_that_is_corrupt_is_a_line(tmp_path: Path) -> None:
         (run / "rollouts/step_000012.jsonl").write_text("changed\n")
         await pilot.press("j")
         assert "step_000012.jsonl:2: no JSON" in said(app, "status")
+
+    play(run, body)
+
+
+def test_a_run_that_goes_on(tmp_path: Path) -> None:
+    run = small_run(tmp_path / "run")
+    later = (run / "rollouts/step_000012.jsonl").rename(run / "later")
+
+    async def body(app: Viewer, pilot: Pilot) -> None:
+        await pilot.press("n", "n")
+        assert said(app, "facts").startswith("step 2, ")
+        later.rename(run / "rollouts/step_000012.jsonl")
+        app.action_step(1)
+        assert said(app, "facts").startswith("step 12, ") and "12" in lines(app, "steps")[3]
+        (run / "metrics.jsonl").write_text("3\n")
+        app.action_step(1)
+        assert "metrics.jsonl: is no list of metrics" in said(app, "status")
+        assert said(app, "facts").startswith("step 12, ")
 
     play(run, body)
 

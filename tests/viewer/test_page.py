@@ -84,6 +84,8 @@ def test_rows_of_a_chain_have_a_rule_between(tmp_path: Path) -> None:
     assert text.index(">s</b>") < text.index("row 1:") < text.index(">end</b>")
     assert "terminated, reward -0.5, 2 turns, 6 tokens, 2 rows" in text
     assert re.search('class=cut d="M[0-9.]+ 8v', text)
+    [held] = [t for _, attrs, t in found.all("b") if "m3" in (attrs.get("class") or "")]
+    assert held == "sum"
     assert "value 0.2 of what would follow" in draw(tmp_path / "run", 3)[0]
     assert "error (TimeoutError)" in draw(tmp_path / "run", 1)[0]
 

@@ -39,6 +39,7 @@ def test_rows_of_an_episode_are_one_episode(tmp_path: Path) -> None:
         (4, 6, True, 2, 1, False),
     ]
     assert chain.step == 12 and chain.critics == 2
+    assert [token.held for token in chain.tokens] == [False, False, True, False, False, False]
     assert chain.ends == pytest.approx((0.35, None)) and file.episode(file.find(3)).ends == pytest.approx((0.25,))
 
 
@@ -58,7 +59,7 @@ def test_rows_need_not_be_in_order_and_old_files_do(tmp_path: Path) -> None:
     [entry, *_] = find_steps(str(small_run(tmp_path / "run")))
     rows = [json.loads(line) for line in entry.path.read_text().splitlines()]
     for r in rows:
-        for new in ("error", "clipped", "value_end"):
+        for new in ("error", "clipped", "value_end", "mask"):
             del r[new]
     entry.path.write_text("".join(json.dumps(r) + "\n" for r in reversed(rows)))
     file = StepFile(entry)
