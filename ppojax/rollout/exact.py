@@ -1,12 +1,15 @@
 """The trainer's own computation has the last word on what the sampler draws.
 
 Decoding reads one token at a time behind a cache, the trainer whole rows: the same sums in another order, by other
-programs. Logits then differ by some 20 to 40 units in the last place (ulp) of a row's largest one. With a `Judge`
-decoding only proposes. When a turn is over, its row goes through the trainer's computation in the trainer's shapes: the
-recorded log-probabilities are from there, and every token is drawn again, from the same uniform number. Where another
-one comes out, it is taken, what was written behind it is dropped, and decoding goes on from there. So a turn is drawn
-from the trainer's distribution, whatever decoding did (as in speculative decoding, arXiv 2211.17192, with draws that
-are coupled by the uniform number).
+programs. Logits then differ by some 20 to 40 units in the last place (ulp) of a row's largest one
+(docs/sampling_gap.md). With a `Judge` decoding only proposes. When a turn is over, its row goes through the trainer's
+computation in the trainer's shapes: the recorded log-probabilities are from there, and every token is drawn again, from
+the same uniform number. Where another one comes out, it is taken, what was written behind it is dropped, and decoding
+goes on from there. So a turn is drawn from the trainer's distribution, whatever decoding did (as in speculative
+decoding, arXiv 2211.17192, with draws that are coupled by the uniform number).
+
+What is recorded equals `logp_old` to the bit. The update's forward pass is within 4 ulp of a row's largest logit: with
+`remat=full` its blocks are the same computation, and single roundings in the last norm and the log-sum-exp are left.
 """
 
 from __future__ import annotations
