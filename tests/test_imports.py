@@ -25,7 +25,7 @@ LINES = (
     ("update", "runtime"),
     ("config",),
     ("trainer", "cli", "viewer"),
-    ("train", "evaluate", "export", "view"),
+    ("train", "critic_fit", "evaluate", "export", "view"),
 )
 LEVEL = {name: level for level, names in enumerate(LINES) for name in names}
 
@@ -44,6 +44,7 @@ LATE_IMPORTS = {
     ("envs/verifiers.py", "verifiers.v1.utils"),
     ("models/__init__.py", "ppojax.models.api"),
     ("train.py", "ppojax.trainer.session"),
+    ("critic_fit.py", "ppojax.trainer.fitting"),
     ("evaluate.py", "ppojax.trainer.held_out"),
     ("export.py", "ppojax.trainer.exporting"),
     ("view.py", "ppojax.viewer.app"),
@@ -175,7 +176,7 @@ def test_environments_never_reach_jax() -> None:
         assert numerical_imports(module) == []
 
 
-@pytest.mark.parametrize("module", ["config", "cli", "train", "evaluate", "export", "view"])
+@pytest.mark.parametrize("module", ["config", "cli", "train", "critic_fit", "evaluate", "export", "view"])
 def test_a_config_is_read_without_jax(module: str) -> None:
     assert numerical_imports(f"ppojax.{module}") == []
 

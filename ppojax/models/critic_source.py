@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
 
 import jax
+import jax.numpy as jnp
 
 from ppojax.errors import DataError
 from ppojax.models.critic import cut_spec, cut_trunk, new_head
+from ppojax.models.critic_files import StoredCritic, read_critic
 from ppojax.models.forward import ModelDef, Params, init, join, with_adapters
 from ppojax.models.lora import LoRAConfig, merge, split
 from ppojax.models.parameters import check_targets
 from ppojax.models.pretrained import Loaded, read_pretrained
-from ppojax.models.settings import CriticModelConfig, CutCritic, FreshCritic
+from ppojax.models.settings import CriticModelConfig, CutCritic, FittedCritic, FreshCritic
 from ppojax.models.spec import DecoderSpec
 from ppojax.models.value_head import LinearHead, ValueHead
 
@@ -44,20 +48,34 @@ def load_critic(
     unit scale. A critic with adapters has a frozen trunk, one for all. Cut from an actor with the same kind of adapters
     it starts from those, too; trained whole it starts from the actor with its adapters merged.
 
+    A fitted critic brings its head, too.
+
     Raises:
-        DataError: the critic's tokenizer is not the actor's, or more layers are cut than the actor has.
+        DataError: the critic's tokenizer is not the actor's, its head is of another kind, or more layers are cut than
+            the actor has.
         ConfigError: a target of the adapters is no matrix of the critic.
     """
-    spec, trunk = _trunk(config, actor, form.lora)
+    stored = _stored(config, actor, form) if isinstance(config, FittedCritic) else None
+    spec, trunk = _trunk(config, actor, form.lora) if stored is None else (stored.spec, stored.params["trunk"])
     model = replace(actor.model, spec=spec, head=form.head, count=form.count, lora=form.lora)
     if form.lora is not None:
         check_targets(spec, form.lora, "critic.lora")
         if trunk is None:  # frozen, and so one for all
             trunk = init(replace(model, head=None, count=1, lora=None), key)
+    head = None if stored is None else stored.params["value_head"]
     if form.count == 1:
-        return model, _member(model, trunk, form, key)
+        return model, _member(model, trunk, head, form, key)
     keys = jax.random.split(key, form.count)
-    return model, join([_member(model.member, trunk, form, k) for k in keys], form.lora)
+    return model, join([_member(model.member, trunk, head, form, k) for k in keys], form.lora)
+
+
+def _stored(config: FittedCritic, actor: Loaded, form: CriticForm) -> StoredCritic:
+    stored = read_critic(Path(config.path).expanduser())
+    if stored.tokenizer != actor.tokenizer.fingerprint():
+        raise DataError(f"critic.model.path {config.path}: its tokenizer is not the actor's; they must be the same")
+    if stored.head != form.head:
+        raise DataError(f"critic.model.path {config.path}: its head is {stored.head!r}, critic.head is {form.head!r}")
+    return stored
 
 
 def _trunk(config: CriticModelConfig, actor: Loaded, lora: LoRAConfig | None) -> tuple[DecoderSpec, Params | None]:
@@ -72,6 +90,7 @@ def _trunk(config: CriticModelConfig, actor: Loaded, lora: LoRAConfig | None) ->
             # Not merged: a frozen trunk is what a resumed run reads again, whatever the actor has learnt.
             trunk = split(trunk, theirs)[1]
         return cut_spec(actor.model.spec, config.layers), trunk
+    assert not isinstance(config, FittedCritic)
     if isinstance(config, FreshCritic):
         return config.shape.decoder(actor.model.spec.vocab), None
     spec, params, tokenizer = read_pretrained(config.path, chat_template=actor.tokenizer.template)
@@ -80,14 +99,14 @@ def _trunk(config: CriticModelConfig, actor: Loaded, lora: LoRAConfig | None) ->
     return cut_spec(spec, spec.layers), cut_trunk(spec, params, spec.layers)
 
 
-def _member(model: ModelDef, trunk: Params | None, form: CriticForm, key: jax.Array) -> Params:
-    """One critic."""
+def _member(model: ModelDef, trunk: Params | None, head: Any, form: CriticForm, key: jax.Array) -> Params:
+    """One critic, with a head of its own or one that was fitted."""
     decoder = replace(model, head=None, count=1)
     if trunk is None:
         trunk = init(decoder, key)
     elif model.lora is not None and not split(trunk, model.lora)[0]:
         trunk = with_adapters(decoder, trunk, form.base_dtype, jax.random.fold_in(key, 1))
-    head = new_head(model.spec, form.head)
+    head = new_head(model.spec, form.head) if head is None else jnp.asarray(head)
     if form.count > 1:
         drawn = jax.random.normal(jax.random.fold_in(key, 2), (model.spec.width, form.head.outputs), head.dtype)
         head = head.at[:-1].add(form.noise / math.sqrt(model.spec.width) * drawn)

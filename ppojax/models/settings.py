@@ -111,4 +111,11 @@ class FreshCritic(Component):
     shape: FreshSpec = Field(default=FreshSpec(), description="its shape")
 
 
-CriticModelConfig = Annotated[CutCritic | PretrainedCritic | FreshCritic, Field(discriminator="type")]
+class FittedCritic(Component):
+    """A critic that was fitted to stored rollouts, its head with it."""
+
+    type: Literal["fitted"] = Field(default="fitted", description="from the folder of a fitted critic")
+    path: str = Field(description="folder that `python -m ppojax.critic_fit` wrote")
+
+
+CriticModelConfig = Annotated[CutCritic | PretrainedCritic | FreshCritic | FittedCritic, Field(discriminator="type")]

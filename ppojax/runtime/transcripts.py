@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 from rich.text import Text
 
+from ppojax.errors import DataError
 from ppojax.runtime.atomic import write_atomic
 from ppojax.types import Ending, Row
 
@@ -89,6 +90,42 @@ def write_transcripts(
 def read_transcripts(path: Path) -> list[dict[str, Any]]:
     """Read the rows that `write_transcripts` wrote."""
     return [json.loads(line) for line in path.read_text(encoding="ascii").splitlines()]
+
+
+def read_rows(path: Path) -> list[Row]:
+    """Read the rows of a transcript as rows: what they were made of, but for what only the sampler knew.
+
+    Raises DataError naming the line that cannot be read.
+    """
+    rows = []
+    try:
+        lines = path.read_text(encoding="ascii").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"{path}: cannot be read ({error!s:.100})") from error
+    for n, line in enumerate(lines, 1):
+        try:
+            rows.append(_row(json.loads(line)))
+        except (ValueError, KeyError, TypeError) as error:
+            raise DataError(f"{path}:{n}: no row of a transcript ({error!r:.100}); remove the line") from error
+    return rows
+
+
+def _row(said: dict[str, Any]) -> Row:
+    def numbers(name: str) -> np.ndarray:
+        return np.array([0.0 if x is None else x for x in said[name]], np.float32)
+
+    return Row(
+        token=np.array(said["token"], np.int32),
+        action=np.array(said["action"], bool),
+        logp_behavior=numbers("logp_behavior"),
+        reward=numbers("reward"),
+        group=said["group"],
+        episode=said["episode"],
+        segment=said["segment"],
+        ending=Ending[said["ending"].upper()],
+        messages=said["messages"],
+        clipped=said.get("clipped", False),
+    )
 
 
 def pieces(token: list[int], decode: Callable[[list[int]], str]) -> list[str]:

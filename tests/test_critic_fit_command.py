@@ -1,0 +1,105 @@
+"""`python -m ppojax.critic_fit`: a critic out of stored rollouts, and a run that starts with it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+from ppojax import critic_fit
+from ppojax.cli import run_command
+from ppojax.config import Config
+from ppojax.critic_fit import CriticFitConfig
+from ppojax.runtime.checkpoint import Checkpoints
+from ppojax.runtime.rundir import RunDir
+from ppojax.runtime.transcripts import read_rows, write_transcripts
+from ppojax.trainer import Trainer
+from ppojax.trainer.fitting import stored_episodes
+from tiny_config import TINY, tiny
+
+
+@pytest.fixture(scope="module", autouse=True)
+def promotion_that_optax_needs() -> Iterator[None]:
+    with jax.numpy_dtype_promotion("standard"):
+        yield
+
+
+@pytest.fixture(scope="module")
+def trainer() -> Trainer:
+    trainer = Trainer(tiny("warm_start.corrupt=0.5"))
+    trainer.warm_start()
+    return trainer
+
+
+@pytest.fixture(scope="module")
+def run(trainer: Trainer, tmp_path_factory: pytest.TempPathFactory) -> RunDir:
+    """Three steps of eight episodes, and the policy after them."""
+    run = RunDir(tmp_path_factory.mktemp("runs") / "run")
+    run.create()
+    run.write_config(trainer.config.to_yaml())
+    for _ in range(3):
+        out = trainer.step()
+        write_transcripts(run.transcript(out.step), out.rows, trainer.parts.tokenizer.decode)
+    with Checkpoints(run.checkpoints, trainer.config.checkpoint) as checkpoints:
+        checkpoints.save(3, trainer.state(), trainer.position())
+    return run
+
+
+def taking(critic: Path, *arguments: str) -> Trainer:
+    """A run that starts with a fitted critic."""
+    plain = [argument for argument in TINY if not argument.startswith("critic.model.")]
+    return Trainer(Config.load(*plain, "critic.model.type=fitted", f"critic.model.path={critic}", *arguments))
+
+
+def command(*arguments: str) -> int:
+    return run_command(critic_fit.main, arguments, CriticFitConfig)
+
+
+def test_rows_come_back_from_their_transcripts(run: RunDir) -> None:
+    found = [row for rows in stored_episodes(run) for row in rows]
+    assert len(found) == 24 and len({row.episode for row in found}) == 24 and len({row.group for row in found}) == 12
+    raw = read_rows(run.transcript(2))
+    for a, b in zip(raw, found[8:16], strict=True):
+        np.testing.assert_array_equal(a.token, b.token)
+        assert (b.group - a.group, b.episode - a.episode, a.ending) == (4, 8, b.ending)
+
+
+def test_a_run_starts_with_what_was_fitted(run: RunDir, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The loss falls, the folder says what it is, and values are the same numbers in a run that takes it."""
+    out = tmp_path / "critic"
+    fit = ("critic.model.layers=1", "critic.optimizer.learning_rate=3e-3", "passes=6", "held_out=0.2")
+    assert command(f"run={run.path}", f"out={out}", *fit) == 0
+    said = capsys.readouterr().out
+    assert "explained variance on" in said and f"critic.model.path={out}" in said.replace("\n", "")
+    about = json.loads((out / "critic.json").read_text())
+    assert about["step"] == 3 and about["head"]["type"] == "linear" and len(about["explained_variance"]["by_part"]) == 5
+    fitted = taking(out)
+    assert fitted.states.critic is not None and fitted.parts.critic is not None
+    head = np.asarray(fitted.states.critic.params["value_head"])
+    assert head.any() and fitted.parts.critic.spec.layers == 1
+    assert len(jax.tree.leaves(fitted.states.critic.params)) == 12
+    with pytest.raises(Exception, match=r"its head is LinearHead.*critic\.head is ArctanHead"):
+        taking(out, "critic.head.type=arctan")
+
+
+def test_bad_input(run: RunDir, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    def refused(code: int, text: str, *arguments: str) -> None:
+        assert command(*arguments) == code
+        assert text in capsys.readouterr().err.replace("\n", " ")
+
+    out = f"out={tmp_path}/out"
+    refused(2, "there is no run", "run=nowhere", out)
+    refused(2, "is there and not empty", f"run={run.path}", f"out={run.path}")
+    refused(2, "set critic.count=1", f"run={run.path}", out, "critic.count=2", "critic.model.layers=1")
+    refused(2, "transcripts do not hold", f"run={run.path}", out, "critic.privileged=4", "critic.model.layers=1")
+    refused(3, "too few to fit", f"run={run.path}", out, "held_out=0.99")
+    with pytest.raises(Exception, match=r"there is no critic \(no .*critic\.json\)"):
+        taking(tmp_path / "none")
+    bad = run.transcript(9)
+    bad.write_text('{"token": 1}\n', encoding="ascii")
+    refused(3, "step_000009.jsonl:1: no row of a transcript", f"run={run.path}", out)
+    bad.unlink()
