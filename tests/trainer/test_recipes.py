@@ -10,7 +10,9 @@ import numpy as np
 import pytest
 
 from ppojax.config import Config
+from ppojax.models.pretrained import Loaded
 from ppojax.trainer import Trainer
+from ppojax.trainer.build import build_critic
 from tiny_config import TINY
 
 FOLDER = Path(__file__).parents[2] / "configs"
@@ -72,6 +74,9 @@ def test_recipes_learn(recipe: str, warm: dict[str, Any]) -> None:
     trainer = Trainer(Config.load(*sized(recipe), "actor.optimizer.learning_rate=1e-3", "critic.updates=2"))
     start = jax.device_put(warm, jax.tree.map(lambda p: p.sharding, trainer.states.actor.params))
     trainer.states.actor = trainer.states.actor._replace(params=start)
+    if trainer.parts.critic is not None:
+        loaded = Loaded(trainer.parts.actor, trainer.policy(), trainer.parts.tokenizer)
+        _, _, trainer.states.critic = build_critic(trainer.config, loaded, trainer.parts.mesh)
     if trainer.reference is not None:
         trainer.reference = jax.tree.map(lambda p: p.copy(), start)
     rewards = [trainer.step().metrics["reward/mean"] for _ in range(10)]
