@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from textwrap import wrap
 from typing import ClassVar
 
 from rich.text import Text
@@ -47,7 +48,9 @@ class Help(ModalScreen[None]):
 
     def compose(self) -> ComposeResult:
         """Lay out one line a key."""
-        yield Static(Text("\n").join(Text(f"{keys:<28}{what}") for keys, what in KEYS), id="keys")
+        between = "\n" + " " * 26
+        text = "\n".join(f"{keys:<26}{between.join(wrap(what, 44))}" for keys, what in KEYS)
+        yield Static(Text(text), id="keys")
 
     def on_key(self, event: events.Key) -> None:
         """Close; the key means nothing else."""
@@ -301,7 +304,7 @@ def numbers(token: Token, index: int, count: int) -> str:
     """Say in two lines what is known of a token."""
     whose = f"turn {token.turn}" if token.action else "not the policy's"
     shown = visible(token.text, token.id).replace("\n", "")
-    first = f"token {index + 1}/{count}  id {token.id}  {shown!r}  {whose}"
+    first = f"token {index + 1}/{count}  id {token.id}  '{shown}'  {whose}"
     known = {"logp": token.logp, "advantage": token.advantage, "ratio": token.ratio, "value": token.value}
     parts = [f"{name} {'none' if x is None else format(x, '.6g')}" for name, x in known.items() if token.action]
     if token.action and token.spread is not None:

@@ -44,7 +44,7 @@ class ScaleSums:
         action = record.action
         self._add("advantage", [a for a, on in zip(record.advantage or (), action, strict=False) if on and a])
         logs = [_log(r) for r, on in zip(record.ratio or (), action, strict=False) if on]
-        self._add("log_ratio", [log for log in logs if log])
+        self._add("log_ratio", [log for log in logs if log and math.isfinite(log)])
         for value in record.value or ():
             known = [v for v, on in zip(value, action, strict=True) if on and v is not None]
             self._low, self._high = min([self._low, *known]), max([self._high, *known])
@@ -54,10 +54,10 @@ class ScaleSums:
         self._squares[name] = total + sum(x * x for x in numbers), count + len(numbers)
 
     def scale(self) -> Scale:
-        """The scale of all rows so far. What is smaller than rounding gets no full colour."""
+        """The scale of all rows so far. Noise of rounding gets no full colour."""
         rms = {name: math.sqrt(total / count) if count else 0.0 for name, (total, count) in self._squares.items()}
         low, high = (self._low, self._high) if self._low <= self._high else (0.0, 1.0)
-        return Scale(max(2 * rms["advantage"], 1e-6), max(2 * rms["log_ratio"], 1e-6), low, high)
+        return Scale(max(2 * rms["advantage"], 1e-6), max(2 * rms["log_ratio"], 1e-3), low, high)
 
 
 def level(quantity: Quantity, token: Token, scale: Scale) -> int:
@@ -99,4 +99,6 @@ def legend(quantity: Quantity, scale: Scale) -> list[tuple[int, str]]:
 
 def _log(ratio: float | None) -> float:
     """The logarithm of a ratio; 0 for one that is not known."""
-    return math.log(ratio) if ratio is not None and ratio > 0 else 0.0
+    if ratio is None:
+        return 0.0
+    return math.log(ratio) if ratio > 0 else -math.inf

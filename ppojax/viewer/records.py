@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from ppojax.errors import DataError
 
-Numbers = list[float | None]
+FLOAT32 = 3.5e38  # just above the largest one: what is shown is summed and squared
+Numbers = list[Annotated[float, Field(ge=-FLOAT32, le=FLOAT32)] | None]
 
 
 class Record(BaseModel):
@@ -62,7 +63,7 @@ def parse_record(line: bytes, path: Path, number: int) -> Record:
     except ValidationError as error:
         first = error.errors(include_url=False, include_input=False)[0]
         field = ".".join(map(str, first["loc"]))
-        said = f"{field}: {first['msg']}" if field else first["msg"]
+        said = f"{field}: {first['msg']:.100}" if field else first["msg"]
     except (ValueError, RecursionError) as error:
         said = f"no JSON ({error})"
     raise DataError(

@@ -120,6 +120,8 @@ def change(**fields: object) -> Callable[[dict], str]:
         (change(value_end=[0.0, 1.0, 2.0]), "value_end has 3 entries for 1 critics"),
         (change(advantage=[0, 0, "1"]), "advantage.2: Input should be a valid number"),
         (change(advantage=[0, 0, float("nan")]), "advantage.2: Input should be a finite number"),
+        (change(advantage=[0, 0, 1e39]), "advantage.2: Input should be less than or equal to 35"),
+        (change(advantage=[0, 0, 10**400]), "advantage.2: "),
         (change(action=[0, 1, 7]), "action.2: Input should be 0 or 1"),
         (change(ending="[red]"), "ending: Input should be 'terminated', 'truncated', 'cut' or 'error'"),
         (change(token=None), "token: Input should be a valid list"),
