@@ -19,7 +19,9 @@ def _prefix(row: Row) -> int:
     return int(row.action.argmax()) if row.action.any() else len(row.token)
 
 
-def lay_out(rows: Sequence[Row], *, group: int, prompt_bucket: int, bucket: int) -> tuple[Sequence[Row | None], Layout]:
+def lay_out(
+    rows: Sequence[Row], *, group: int, prompt_bucket: int, bucket: int, most: int | None = None
+) -> tuple[Sequence[Row | None], Layout]:
     """Put rows in an order in which a model call may share what they begin with, and say what that is.
 
     Where no episode was cut the order stays, and each `group` consecutive rows share their prompt, if they have the
@@ -27,27 +29,33 @@ def lay_out(rows: Sequence[Row], *, group: int, prompt_bucket: int, bucket: int)
     filled up with empty rows (None), and share what all of a group begin with: as long as fewer positions are read so.
     """
     if all(row.segment == 0 for row in rows):
-        return rows, layout_of(rows, group=group, prompt_bucket=prompt_bucket)
+        return rows, layout_of(rows, group=group, prompt_bucket=prompt_bucket, most=most)
     laid: list[Row | None] = []
     for _, found in groupby(rows, key=lambda row: row.group):
         laid += found
         laid += [None] * (-len(laid) % group)
     prefix = _prefixes(laid, group)
-    layout = Layout(group, _round_up(max(prefix), prompt_bucket))
-    shared = layout.prefix / group + _round_up(_rest(laid, prefix), bucket)
-    alone = _round_up(_rest(rows, [0] * len(rows)), bucket)
+    layout = Layout(group, bucketed(max(prefix), prompt_bucket, most))
+    shared = layout.prefix / group + bucketed(_rest(laid, prefix), bucket, most)
+    alone = bucketed(_rest(rows, [0] * len(rows)), bucket, most)
     return (laid, layout) if group > 1 and len(laid) * shared < len(rows) * alone else (rows, Layout())
 
 
-def row_bucket(count: int, unit: int) -> int:
-    """The smallest of 1, 2, 3, 4, 6, 8, 12, ... times `unit` that is at least `count`: few sizes to compile for."""
-    parts, whole = -(-count // unit), 1
-    while whole < parts:
-        whole *= 2
-    return unit * (3 * whole // 4 if whole >= 4 and parts <= 3 * whole // 4 else whole)
+def bucketed(count: int, unit: int, most: int | None = None, steps: int = 4) -> int:
+    """Round up to a multiple of `unit`: to few of them, for each is another program to compile.
+
+    Up to `2 steps` times the unit to any multiple, beyond to `steps` sizes between a power of two and the next: a row
+    is padded by less than 1/steps, and there are about `steps log2(most / unit)` sizes. What no count is over, `most`,
+    bounds them, itself rounded up to a multiple.
+    """
+    parts, grain = -(-count // unit), 1
+    while parts > 2 * steps * grain:
+        grain *= 2
+    size = -(-parts // grain) * grain
+    return unit * (size if most is None else min(size, -(-most // unit)))
 
 
-def layout_of(rows: Sequence[Row], *, group: int, prompt_bucket: int) -> Layout:
+def layout_of(rows: Sequence[Row], *, group: int, prompt_bucket: int, most: int | None = None) -> Layout:
     """Find out what a model call may share: the prompt, where each `group` consecutive rows start with the same one."""
     whole = len(rows) % group == 0
     prefix = [_prefix(row) for row in rows]
@@ -57,7 +65,7 @@ def layout_of(rows: Sequence[Row], *, group: int, prompt_bucket: int) -> Layout:
         whole &= all(prefix[i] == n and np.array_equal(rows[i].token[:n], rows[first].token[:n]) for i in members)
     if group == 1 or not whole:
         return Layout()
-    return Layout(group, _round_up(max(prefix), prompt_bucket))
+    return Layout(group, bucketed(max(prefix), prompt_bucket, most))
 
 
 def _prefixes(rows: Sequence[Row | None], group: int) -> list[int]:
@@ -86,6 +94,7 @@ def pack(
     actions: int,
     mesh: jax.sharding.Mesh,
     layout: Layout = PLAIN,
+    most: int | None = None,
 ) -> Experience:
     """Pad rows on the right to one length, add empty rows up to a batch, and split them over the mesh.
 
@@ -93,13 +102,14 @@ def pack(
         rows: at most `batch` of them; None stays empty.
         batch: rows of the result.
         bucket: what follows a shared prefix (or the whole row, where nothing is shared) is padded to a multiple of
-            this, with room for one more token than the longest row has.
+            this (see `bucketed`), with room for one more token than the longest row has.
         actions: action positions kept of each row, at least those of the fullest one.
         mesh: where the arrays go.
         layout: what the rows share.
+        most: tokens of a row, at most.
     """
     prefix = _prefixes(rows, layout.group)
-    T = layout.prefix + _round_up(_rest(rows, prefix if layout.group > 1 else [0] * len(rows)), bucket)
+    T = layout.prefix + bucketed(_rest(rows, prefix if layout.group > 1 else [0] * len(rows)), bucket, most)
     shape = (batch, T)
     token_BT, action_BT = np.zeros(shape, np.int32), np.zeros(shape, bool)
     logp_BT, reward_BT = np.zeros(shape, np.float32), np.zeros(shape, np.float32)
@@ -143,7 +153,7 @@ def _hints(rows: Sequence[Row | None], batch: int, bucket: int) -> dict[str, np.
     longest = max(map(len, hints))
     if longest == 0:
         return {}
-    hint_BH, length_B = np.zeros((batch, _round_up(longest, bucket)), np.int32), np.zeros(batch, np.int32)
+    hint_BH, length_B = np.zeros((batch, bucketed(longest, bucket)), np.int32), np.zeros(batch, np.int32)
     for b, hint in enumerate(hints):
         hint_BH[b, : len(hint)], length_B[b] = hint, len(hint)
     return {"hint_BH": hint_BH, "hint_length_B": length_B}
@@ -175,7 +185,3 @@ def _recorded(rows: Sequence[Row | None], shape: tuple[int, ...]) -> Recorded:
         return out
 
     return Recorded(*map(one, zip(*(row.recorded for _, row in full), strict=True)))
-
-
-def _round_up(n: int, multiple: int) -> int:
-    return -(-n // multiple) * multiple

@@ -86,7 +86,8 @@ class RolloutConfig(Component):
     prompt_bucket: int = Field(
         default=16,
         ge=1,
-        description="prompt lengths are padded up to a multiple of this; in sampling, to this times a power of two",
+        description="prompt lengths are padded up to a multiple of this, longer ones to fewer of them (four between "
+        "powers of two), so that few programs are compiled; in sampling, to this times a power of two",
     )
     top_k: int = Field(default=0, ge=0, description="only this many of the likeliest tokens are drawn; 0 for all")
     top_p: float = Field(
@@ -141,7 +142,9 @@ class RolloutConfig(Component):
         "between sampler and trainer (sampling/tv_mean, sampling/kl_mean); costs model width numbers an action and "
         "one more pass over the vocabulary",
     )
-    bucket: int = Field(default=64, ge=1, description="lengths of what follows a prompt, likewise")
+    bucket: int = Field(
+        default=64, ge=1, description="lengths of what follows a prompt, likewise, up to rollout.max_tokens"
+    )
     dtype: Literal["float32", "bfloat16", "float16"] | None = Field(
         default=None, description="compute type of the sampler, weights and cache; null: model.dtype"
     )

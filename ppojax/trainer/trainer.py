@@ -12,7 +12,7 @@ import jax
 from ppojax.config import Config
 from ppojax.errors import DataError
 from ppojax.experience.batch import make_batch, without_records
-from ppojax.experience.pack import lay_out, pack, row_bucket
+from ppojax.experience.pack import bucketed, lay_out, pack
 from ppojax.experience.score import Scorers, score
 from ppojax.experience.summary import advantage_metrics, rollout_metrics
 from ppojax.models.forward import Heads, Params, head_VD
@@ -130,15 +130,15 @@ class Trainer:
     def _pack(self, rollout: Rollout) -> tuple[Sequence[Row | None], Layout, Experience]:
         config, settings = self.config, self.config.rollout
         group = settings.group_size if config.update.shared_prefix else 1
-        buckets = {"prompt_bucket": settings.prompt_bucket, "bucket": settings.row_bucket}
-        rows, layout = lay_out(rollout.rows, group=group, **buckets)
+        buckets = {"bucket": settings.row_bucket, "most": settings.max_tokens}
+        rows, layout = lay_out(rollout.rows, group=group, prompt_bucket=settings.prompt_bucket, **buckets)
         experience = pack(
             rows,
-            batch=row_bucket(len(rows), settings.rows),
-            bucket=settings.row_bucket,
+            batch=bucketed(len(rows), settings.rows, steps=2),
             actions=config.actions,
             mesh=self.parts.mesh,
             layout=layout,
+            **buckets,
         )
         return rows, layout, experience
 

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from math import log2
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from helpers import random_rows
-from ppojax.experience.pack import layout_of, pack
+from ppojax.experience.pack import bucketed, layout_of, pack
 from ppojax.mesh import MeshConfig
 from ppojax.types import Ending, Experience, Layout, Row
 from tiny_model import bits
@@ -112,3 +114,44 @@ def test_action_positions_fill_up_with_zero() -> None:
     for b, row in enumerate(rows):
         where = np.flatnonzero(row.action)
         np.testing.assert_array_equal(index_BA[b], [*where, *[0] * (index_BA.shape[1] - len(where))])
+
+
+def test_sizes_are_few() -> None:
+    assert [bucketed(n, 4) for n in (0, 1, 4, 5, 17, 29, 32, 33, 41, 64, 65)] == [
+        0,
+        4,
+        4,
+        8,
+        20,
+        32,
+        32,
+        40,
+        48,
+        64,
+        80,
+    ]
+    assert [bucketed(n, 1, steps=2) for n in range(1, 14)] == [1, 2, 3, 4, 6, 6, 8, 8, 12, 12, 12, 12, 16]
+    assert [bucketed(n, 4, most=37) for n in (12, 33, 37)] == [12, 40, 40]
+    for most in (7, 100, 1000, 100_000):
+        sizes = {n: bucketed(n, 8, most) for n in range(1, most + 1)}
+        assert all(n <= size < n + 8 or 4 * size < 5 * (n + 8) for n, size in sizes.items())
+        assert len(set(sizes.values())) <= 4 * log2(max(most / 8, 2)) and sizes[most] == -(-most // 8) * 8
+
+
+def test_shapes_are_few_whatever_the_lengths() -> None:
+    """Random prompts and answers of up to 200 tokens: lengths are padded to a few sizes of each."""
+    rng, shapes = np.random.default_rng(0), set()
+    for _ in range(200):
+        longest = rng.integers(2, 100, 2)
+        rows = []
+        for group in range(2):
+            prompt = rng.integers(1, 9, rng.integers(1, longest[0])).astype(np.int32)
+            for n in range(2):
+                said = rng.integers(1, 9, rng.integers(1, longest[1])).astype(np.int32)
+                token, action = np.concatenate([prompt, said]), np.arange(len(prompt) + len(said)) >= len(prompt)
+                zero = np.zeros(len(token), np.float32)
+                rows.append(Row(token, action, zero, zero, group, 2 * group + n, 0, Ending.TERMINATED))
+        layout = layout_of(rows, group=2, prompt_bucket=8, most=200)
+        experience = pack(rows, batch=4, bucket=16, actions=100, mesh=MESH, layout=layout, most=200)
+        shapes.add((layout, experience.token_BT.shape))
+    assert len(shapes) <= 4 * log2(200 / 8) * 4 * log2(200 / 16)
