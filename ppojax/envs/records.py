@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator, Sequence
+import logging
+from collections.abc import Sequence
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
@@ -17,6 +18,9 @@ from ppojax.envs.rewards import Answered, Rewards
 from ppojax.errors import DataError
 from ppojax.types import Messages
 
+log = logging.getLogger(__name__)
+
+SKIPPED_MOST = 0.01  # of a file's lines
 ROLES = ("system", "user", "assistant", "tool")
 
 
@@ -30,6 +34,11 @@ class RecordSettings(EnvSettings):
     path: str = Field(description="file of tasks, one JSON object a line")
     eval_path: str | None = Field(default=None, description="file of held-out tasks; null takes a share of path")
     eval_share: float = Field(default=0.1, gt=0, lt=1, description="share of path that is held out, without eval_path")
+    on_error: Literal["error", "skip"] = Field(
+        default="error",
+        description="what is done with a line that cannot be used; skip: it is left out, with a warning, and over 1% "
+        "of such lines are an error",
+    )
     prompt_field: str = Field(default="prompt", description="key of the prompt: a text, or a list of messages")
     answer_field: str | None = Field(default="answer", description="key of the reference answer; null for none")
     system: str | None = Field(
@@ -92,7 +101,8 @@ class RecordSettings(EnvSettings):
     def _read(self, path: str) -> list[Task]:
         try:
             stat = Path(path).stat()
-            return _read(path, self.prompt_field, self.answer_field, (stat.st_mtime_ns, stat.st_size))
+            version = (stat.st_mtime_ns, stat.st_size)
+            return _read(path, self.prompt_field, self.answer_field, self.on_error == "skip", version)
         except OSError as error:
             raise DataError(
                 f"{path}: cannot be read ({error.strerror}), expected a file with one JSON object a line; "
@@ -101,23 +111,36 @@ class RecordSettings(EnvSettings):
 
 
 @lru_cache(maxsize=8)
-def _read(path: str, prompt_field: str, answer_field: str | None, _version: tuple[int, int]) -> list[Task]:
-    tasks = [_task(where, line, prompt_field, answer_field) for where, line in _lines(path)]
+def _read(path: str, prompt_field: str, answer_field: str | None, skip: bool, _version: tuple[int, int]) -> list[Task]:
+    tasks: list[Task] = []
+    faults: list[DataError] = []
+    with Path(path).open("rb") as file:
+        for n, line in enumerate(file, 1):
+            try:
+                if text := _text(f"{path}:{n}", line):
+                    tasks.append(_task(f"{path}:{n}", text, prompt_field, answer_field))
+            except DataError as fault:
+                if not skip:
+                    raise
+                faults.append(fault)
+    lines = len(tasks) + len(faults)
+    if len(faults) > SKIPPED_MOST * lines:
+        raise DataError(
+            f"{path}: {len(faults)} of {lines} lines cannot be used, env.on_error=skip allows {SKIPPED_MOST:.0%}; the "
+            f"first: {faults[0]}"
+        )
+    if faults:
+        log.warning("%s: %d of %d lines are left out; the first: %s", path, len(faults), lines, faults[0])
     if not tasks:
         raise DataError(f"{path}: is empty, expected one JSON object a line; fill it or choose another file")
     return tasks
 
 
-def _lines(path: str) -> Iterator[tuple[str, str]]:
-    with Path(path).open("rb") as file:
-        for n, line in enumerate(file, 1):
-            where = f"{path}:{n}"
-            try:
-                text = line.decode("utf-8-sig" if n == 1 else "utf-8").strip()
-            except UnicodeDecodeError as error:
-                raise DataError(f"{where}: not UTF-8 (byte {error.start}), expected UTF-8; convert the file") from error
-            if text:
-                yield where, text
+def _text(where: str, line: bytes) -> str:
+    try:
+        return line.decode("utf-8-sig" if where.endswith(":1") else "utf-8").strip()
+    except UnicodeDecodeError as error:
+        raise DataError(f"{where}: not UTF-8 (byte {error.start}), expected UTF-8; convert the file") from error
 
 
 def _task(where: str, line: str, prompt_field: str, answer_field: str | None) -> Task:

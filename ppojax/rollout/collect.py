@@ -25,7 +25,7 @@ from ppojax.rollout.decode import Turns, begin_turn, decode, no_turns
 from ppojax.rollout.episode import Episode, LateEnv, Tail
 from ppojax.rollout.exact import Judge, resume, rewind
 from ppojax.rollout.feed import feed, share_prompts
-from ppojax.rollout.prompts import ANY_THAT_FITS, LongPromptError, Prompt, PromptLimit, check_ids
+from ppojax.rollout.prompts import ANY_THAT_FITS, LongPromptError, Prompt, PromptLimit, answer_ids
 from ppojax.rollout.sampler import SamplerDef, empty, record_shapes
 from ppojax.rollout.workers import PROMPT_S, Job, Workers
 from ppojax.types import Ending, Messages, Rollout
@@ -203,28 +203,25 @@ class _Play:
         new, tokenizer = episode.hear(step), self.collector.tokenizer
         if episode.ending is not None:
             return
-        try:  # a text of a million characters is not encoded to find that no row can hold it
-            fits = tokenizer.at_least(new) < self.sampler.positions
-            if step.ids is not None:
-                suffix = check_ids(step.ids, tokenizer)
-            else:
-                suffix = tokenizer.suffix(new, ended=episode.token[-1] in tokenizer.eos_ids) if fits else []
+        ended, most = episode.token[-1] in tokenizer.eos_ids, self.sampler.positions
+        try:
+            suffix = answer_ids(tokenizer, step, ended=ended, room=most)
         except Exception as error:  # an environment may say anything, such as what this vocabulary cannot write
             episode.fail(error)
             return
-        if step.fresh:
+        compactor, tokens = self.collector.compactor, len(episode.token) + len(suffix or ())
+        if suffix is None:
+            episode.drop(new)
+        elif step.fresh:
             del episode.messages[len(episode.messages) - len(new) :]
             self._restart(episode, suffix, new, Tail([], [], []))
-            return
-        compactor, tokens = self.collector.compactor, len(episode.token) + len(suffix)
-        if fits and compactor is not None and compactor.due(episode, tokens):
+        elif compactor is not None and compactor.due(episode, tokens):
             self._compact(compactor, episode, new, suffix)
-            return
-        if not fits or tokens >= self.sampler.positions:
+        elif tokens >= most:
             episode.drop(new)
-            return
-        self._write(episode, suffix)
-        self._begin_turn(episode)
+        else:
+            self._write(episode, suffix)
+            self._begin_turn(episode)
 
     def _compact(self, compactor: Compactor, episode: Episode, new: Messages, suffix: list[int]) -> None:
         """Ask for a summary of the history, or replace it at once; an episode for which neither can be is truncated."""

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
-from ppojax.envs import Reset, Task
+from ppojax.envs import Reset, Step, Task
 from ppojax.errors import DataError
 from ppojax.models.tokenizer import Tokenizer
 from ppojax.types import Messages
@@ -70,6 +70,17 @@ class PromptLimit:
         if self.policy == "error":
             raise LongPromptError(f"{said}, shorten the task, or set rollout.long_prompts=drop or truncate")
         raise LongPrompt(said)
+
+
+def answer_ids(tokenizer: Tokenizer, step: Step, *, ended: bool, room: int) -> list[int] | None:
+    """Write what an environment answers as tokens; None where it is too long for `room` tokens to be looked at.
+
+    `ended` as in `Tokenizer.suffix`. Raises what `Tokenizer.suffix` and `check_ids` raise.
+    """
+    if step.ids is not None:
+        return check_ids(step.ids, tokenizer)
+    # A text of a million characters is not encoded to find that no row can hold it.
+    return tokenizer.suffix(step.messages, ended=ended) if tokenizer.at_least(step.messages) < room else None
 
 
 ANY_THAT_FITS = PromptLimit()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -57,6 +58,26 @@ def test_no_prompt_is_in_both_splits(tmp_path: Path) -> None:
     # A longer file leaves the prompts that it had where they were.
     longer = JsonLines(path=written(tmp_path / "b.jsonl", *records, *sums(9, 50)), reward=REWARD, eval_share=0.3)
     assert set(held_out) <= {t.data["record"]["prompt"] for t in longer.tasks("eval", 0)}
+
+
+def test_lines_that_cannot_be_used_may_be_left_out(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Counted and named in a warning; more than one in a hundred is a fault of the file."""
+    path = tmp_path / "a.jsonl"
+    path.write_bytes(b"\n".join([json.dumps(r).encode() for r in sums(198)] + [b"{", b"\xff"]))
+    config = JsonLines(path=str(path), reward=REWARD, on_error="skip")
+    with caplog.at_level(logging.WARNING):
+        assert len(config.tasks("train", 0)) + len(config.tasks("eval", 0)) == 198
+    (record,) = caplog.records  # the file is read once
+    assert record.getMessage().startswith(
+        f"{path}: 2 of 200 lines are left out; the first: {path}:199: not valid JSON ("
+    )
+    with pytest.raises(DataError, match=r"a\.jsonl:199: not valid JSON"):
+        config.model_copy(update={"on_error": "error"}).tasks("train", 0)
+    path.write_bytes(b"\n".join([json.dumps(r).encode() for r in sums(197)] + [b"{", b"[]", b"\xff"]))
+    with pytest.raises(
+        DataError, match=r"3 of 200 lines cannot be used, env.on_error=skip allows 1%; the first: .*:198:"
+    ):
+        config.tasks("train", 0)
 
 
 def test_messages_other_keys_and_a_file_of_held_out_tasks(tmp_path: Path) -> None:
