@@ -96,9 +96,9 @@ def inputs() -> dict[str, torch.Tensor]:
     mask = inside & (rng.random((B, T)) < 0.7)
     mask[:, 0] = True
     mask[np.arange(B), length - 1] = True
-    behavior = rng.uniform(-3, -0.05, (B, T))
+    behavior = rng.uniform(-4, -0.2, (B, T))
     old = np.minimum(behavior + rng.normal(0, 0.2, (B, T)), -0.01)
-    now = np.minimum(old + rng.normal(0, 0.5, (B, T)), -0.01)
+    now = np.minimum(old + rng.normal(0, 1.0, (B, T)), -0.01)
     arrays = {
         "length": length,
         "mask": mask,
