@@ -3,10 +3,10 @@
     uv run python benchmarks/experiments/critics.py [--seeds 5] [--steps 24] [--workers 2] [override ...]
 
 The environment is `warehouse`: 4, 16 or 64 turns, four of which decide, one reward at the end. Every method plays the
-same number of episodes a step, so that sampled tokens are equal but for what the policies do; by the clock a critic pays
-for itself or not, and the rows have both. Groups are of 8 episodes of a task, or of one alone, where only a critic can say
-what was good. Critics are the actor's first blocks: all four, two, one, or two critics of one block each. `cut` methods
-keep the last turn only of a context over a limit. At a larger scale: overrides behind the base, such as
+same number of episodes a step, so that sampled tokens are equal but for what the policies do; by the clock a critic
+pays for itself or not, and the rows have both. Groups are of 8 episodes of a task, or of one alone, where only a critic
+can say what was good. Critics are the actor's first blocks: all four, two, one, or two critics of one block each. `cut`
+methods keep the last turn only of a context over a limit. At a larger scale: overrides behind the base, such as
 `model.path=smollm2 model.fresh=null model.tokenizer=null`.
 """
 

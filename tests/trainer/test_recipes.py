@@ -17,6 +17,14 @@ from tiny_config import TINY
 
 FOLDER = Path(__file__).parents[2] / "configs"
 RECIPES = sorted(path.stem for path in (FOLDER / "recipes").glob("*.yaml"))
+# What a small model has no room, or no reason, for.
+EXTRA = {
+    "compaction_rl": (
+        "rollout.compaction.max_tokens=8",
+        "rollout.compaction.request=?",
+        "rollout.compaction.header=' '",
+    ),
+}
 ALONE = {"bpco", "sao", "compaction_rl"}  # one episode a task
 
 SIZE = (
