@@ -20,13 +20,13 @@ from ppojax.envs import EnvConfig, Reset, Task
 from ppojax.errors import DataError
 from ppojax.models.forward import Params
 from ppojax.models.tokenizer import Tokenizer
+from ppojax.rollout.board import Board
 from ppojax.rollout.compaction import Compactor
 from ppojax.rollout.decode import Turns, begin_turn, decode, no_turns
 from ppojax.rollout.episode import Episode, LateEnv, Tail
 from ppojax.rollout.exact import Judge, resume, rewind
-from ppojax.rollout.feed import feed, share_prompts
 from ppojax.rollout.prompts import ANY_THAT_FITS, LongPromptError, Prompt, PromptLimit, answer_ids
-from ppojax.rollout.sampler import SamplerDef, empty, record_shapes
+from ppojax.rollout.sampler import SamplerDef, record_shapes
 from ppojax.rollout.workers import PROMPT_S, Job, Workers
 from ppojax.types import Ending, Messages, Rollout
 
@@ -46,6 +46,7 @@ class Collector:
     env_timeout_s: float | None = None  # of a reset or a step, in a thread
     judge: Judge | None = None  # what decides on draws instead of decoding
     share_prompts: bool = True  # episodes that begin alike have their prompt read once
+    episode_tokens: int | None = None  # that the policy writes in an episode, at most
     hint_tokens: int = 0  # of what only the critics are shown of a task, at most
     compactor: Compactor | None = None  # what replaces the history of a full context
     prompt_limit: PromptLimit = ANY_THAT_FITS
@@ -85,13 +86,9 @@ class _Play:
         self.tasks: Sequence[Task] = ()
         self.prompts: dict[int, list[int]] = {}  # of each group
         self.ready: list[Episode] = []  # waiting for a slot
-        self.slots = empty(params, sampler=self.sampler, count=collector.slots)
+        how = {"smallest": collector.bucket, "share": collector.share_prompts}
+        self.board = Board(params, self.sampler, collector.slots, **how)
         self.turns = no_turns(collector.slots)
-        self.held: list[Episode | None] = [None] * collector.slots  # the episode in each slot
-        self.began: list[list[int] | None] = [None] * collector.slots  # the prompt of its last row
-        self.observed: dict[int, list[int]] = {}  # tokens to be appended in slots
-        self.restarted: dict[int, list[int]] = {}  # rows that go on behind a cut, to be read in slots
-        self.left: dict[int, Episode] = {}  # episodes that are over, whose slots still hold their experts
         self.over: list[int] = []  # slots whose turns are over
         self.written = self.passes = self.judged = self.redrawn = 0
 
@@ -101,16 +98,12 @@ class _Play:
         while any(e.ending is None for e in self.episodes):
             for job in self.workers.ended(idle=not self.turns.live_B.any()):
                 self._answered(job)
-            self._admit()
-            if self.restarted:
-                self._feed(self.restarted, prompt=True)
-                self.restarted = {}
-            if self.observed:
-                self._feed(self.observed, prompt=False)
-                self.observed = {}
+            for episode in self.board.admit(self.ready):
+                self._begin_turn(episode)
+            self.board.read()
             if self.turns.live_B.any():
                 self._decode()
-        self._keep_experts()
+        self.board.keep_experts()
 
     def close(self, wait: bool) -> None:
         """Let environments go that are still there."""
@@ -167,9 +160,7 @@ class _Play:
 
     def _leave(self, episode: Episode, close: bool = True) -> None:
         """Let the slot and the environment of an episode go that is over."""
-        if episode in self.held:
-            slot = self.held.index(episode)
-            self.held[slot], self.left[slot] = None, episode
+        self.board.leave(episode)
         if close:
             self.workers.submit(episode.close, None)
 
@@ -210,7 +201,7 @@ class _Play:
             episode.fail(error)
             return
         compactor, tokens = self.collector.compactor, len(episode.token) + len(suffix or ())
-        if suffix is None:
+        if suffix is None or self._left(episode) <= 0:
             episode.drop(new)
         elif step.fresh:
             del episode.messages[len(episode.messages) - len(new) :]
@@ -254,17 +245,14 @@ class _Play:
         if len(prompt) + len(tail.token) >= self.sampler.positions:
             episode.ending = Ending.TRUNCATED
             return
-        slot = self.held.index(episode)
-        self.left[slot] = episode
-        self._keep_experts()
+        self.board.keep_experts_of(episode)
         episode.cut(prompt, messages, tail)
-        self.restarted[slot] = self.began[slot] = list(episode.token)
+        self.board.restart(episode)
         self._begin_turn(episode)
 
     def _write(self, episode: Episode, ids: list[int]) -> None:
         episode.write(ids, action=False)
-        if ids:
-            self.observed[self.held.index(episode)] = ids
+        self.board.append(episode, ids)
 
     def _begin_turn(self, episode: Episode, tokens: int | None = None) -> None:
         """Let the policy write a turn of at most so many tokens."""
@@ -272,64 +260,24 @@ class _Play:
             compactor = self.collector.compactor
             tokens = self.sampler.turn_tokens if compactor is None else compactor.turn_limit(episode)
         episode.begin_turn()
-        begin_turn(self.turns, self.held.index(episode), episode.seed, tokens)
+        begin_turn(self.turns, self.board.slot_of(episode), episode.seed, min(tokens, self._left(episode)))
 
-    def _admit(self) -> None:
-        """Give free slots to waiting episodes: prompts that a slot has begun with are taken from there."""
-        free = [b for b, episode in enumerate(self.held) if episode is None]
-        if not (free and self.ready):
-            return
-        self._keep_experts()
-        self.ready.sort(key=lambda episode: episode.number)
-        entering, self.ready = self.ready[: len(free)], self.ready[len(free) :]
-        read: dict[int, list[int]] = {}
-        before: dict[int, int] = {}  # to each slot, from where: prompts of earlier rows, and those that are read now
-        now: dict[int, int] = {}
-        for episode in entering:
-            source = self.began.index(episode.token) if self._begun(episode.token) else None
-            if source is not None:  # a slot that is only going to hold the prompt says where it comes from
-                source = before.get(source, now.get(source, source))
-            slot = source if source in free else self._least_wanted(free)
-            free.remove(slot)
-            if source is None:
-                read[slot] = episode.token
-            else:
-                (now if source in read else before)[slot] = source
-            self.held[slot], self.began[slot] = episode, list(episode.token)
-            self._begin_turn(episode)
-        self._share(before)
-        if read:
-            self._feed(read, prompt=True)
-        self._share(now)
-
-    def _begun(self, prompt: list[int]) -> bool:
-        return self.collector.share_prompts and prompt in self.began
-
-    def _least_wanted(self, free: list[int]) -> int:
-        """A free slot, if possible one that holds no prompt of a waiting episode."""
-        wanted = [episode.token for episode in self.ready]
-        return next((b for b in free if self.began[b] not in wanted), free[0])
-
-    def _share(self, sources: dict[int, int]) -> None:
-        if sources:
-            lengths = {slot: len(self.began[slot] or ()) for slot in sources}
-            self.slots = share_prompts(self.slots, sources, lengths, sampler=self.sampler)
-
-    def _feed(self, rows: dict[int, list[int]], *, prompt: bool) -> None:
-        smallest = self.collector.bucket
-        self.slots = feed(self.params, self.slots, rows, sampler=self.sampler, smallest=smallest, prompt=prompt)
+    def _left(self, episode: Episode) -> int:
+        """Tokens that the policy may still write in the episode."""
+        most = self.collector.episode_tokens
+        return self.sampler.positions if most is None else most - episode.written
 
     def _decode(self) -> None:
         """Let every live slot write a segment; turns that are over go to their environments."""
-        stop_SV, turns = self.collector.stop_SV, self.turns
-        self.slots, segment = decode(self.params, self.slots, turns, self.key, stop_SV, sampler=self.sampler)
+        stop_SV, turns, board = self.collector.stop_SV, self.turns, self.board
+        board.slots, segment = decode(self.params, board.slots, turns, self.key, stop_SV, sampler=self.sampler)
         segment = jax.device_get(segment)
         left_B = turns.left_B - segment.count_B
         self.turns = Turns(np.array(segment.live_B), turns.episode_B, np.array(segment.state_B), left_B)
         self.written += int(segment.count_B.sum())
         self.passes += int(segment.count_B.max())
         for b in np.flatnonzero(turns.live_B).tolist():
-            episode, n = self.held[b], int(segment.count_B[b])
+            episode, n = self.board.held[b], int(segment.count_B[b])
             assert episode is not None
             episode.write(segment.token_BN[b, :n].tolist(), action=True, logp=segment.logp_BN[b, :n].tolist())
             episode.recorded.append(jax.tree.map(lambda kept, b=b, n=n: kept[b, :n].copy(), segment.recorded))
@@ -338,7 +286,7 @@ class _Play:
         judge = self.collector.judge
         over, self.over = (self.over, []) if judge is None else (self._judged(judge), self.over)
         for b in over:
-            episode = self.held[b]
+            episode = self.board.held[b]
             assert episode is not None
             self._say(episode, stopped=int(self.turns.state_B[b]) == stop_SV.shape[0] - 1)
 
@@ -348,9 +296,10 @@ class _Play:
         A turn of which it draws another token goes on from there.
         """
         agreed: list[int] = []
+        board = self.board
         while self.over and (len(self.over) >= judge.rows or not self.turns.live_B.any()):
             slots, self.over = self.over[: judge.rows], self.over[judge.rows :]
-            episodes = [episode for b in slots if (episode := self.held[b]) is not None]
+            episodes = [episode for b in slots if (episode := self.board.held[b]) is not None]
             verdicts = judge(self.params, self.key, self.sampler, episodes)
             for b, episode, (token, logp, recorded, whole) in zip(slots, episodes, verdicts, strict=True):
                 length = len(episode.token)
@@ -361,8 +310,8 @@ class _Play:
                     continue
                 self.redrawn += 1
                 new = len(episode.token)
-                self.slots = rewind(self.slots, np.int32(b), np.int32(new - 1), sampler=self.sampler)
-                self._feed({b: episode.token[-1:]}, prompt=False)
+                board.slots = rewind(board.slots, np.int32(b), np.int32(new - 1), sampler=self.sampler)
+                board.read_now(b, episode.token[-1:])
                 room, table = self.sampler.positions - new, np.asarray(self.collector.stop_SV)
                 resume(self.turns, b, token, length - new, room, table)
                 if not self.turns.live_B[b]:
@@ -383,11 +332,3 @@ class _Play:
         self._go_on(compactor, episode, tail, message["content"])
         if episode.ending is not None:
             self._leave(episode)
-
-    def _keep_experts(self) -> None:
-        """Fetch the experts that read the rows which are over, before others take their slots."""
-        if self.slots.routed_LBSK is not None and self.left:
-            routed_BSLK = np.moveaxis(jax.device_get(self.slots.routed_LBSK), 0, 2)
-            for slot, episode in self.left.items():
-                episode.routed = routed_BSLK[slot, : len(episode.token)].copy()
-        self.left = {}

@@ -90,6 +90,11 @@ class Episode:
         assert self.number < SEEDS
         return self.number + self.segment * SEEDS
 
+    @property
+    def written(self) -> int:
+        """Tokens that the policy has written, in all rows."""
+        return sum(self.action) + sum(int(row.action.sum()) for row in self.rows_before)
+
     def begin_turn(self) -> None:
         """What is written next is a turn of the policy."""
         self.turns.append(Turn(len(self.token), len(self.messages)))

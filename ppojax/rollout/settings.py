@@ -83,6 +83,12 @@ class RolloutConfig(Component):
     )
     retries: int = Field(default=3, ge=0, description="times in a row that this is done before the run ends")
     temperature: float = Field(default=1.0, gt=0, description="sampling temperature; also divides the trainer's logits")
+    max_episode_tokens: int | None = Field(
+        default=None,
+        ge=1,
+        description="tokens that the policy writes in an episode, in all of its turns and rows, at most; then it is "
+        "truncated; null: no such limit",
+    )
     prompt_bucket: int = Field(
         default=16,
         ge=1,

@@ -163,6 +163,7 @@ def make_collector(config: Config, model: ModelDef, tokenizer: Tokenizer, mesh: 
         rollout.rows if rollout.slots is None else rollout.slots,
         rollout.workers,
         rollout.env_timeout_s,
+        episode_tokens=rollout.max_episode_tokens,
         hint_tokens=config.critic.privileged if config.advantage.needs_values else 0,
         compactor=_compactor(config, tokenizer, sampler),
         judge=_judge(config, model),

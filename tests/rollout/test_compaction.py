@@ -149,6 +149,17 @@ def test_limits() -> None:
         assert rows[-1].ending == Ending.TRUNCATED and sum(float(row.reward.sum()) for row in rows) == 0.5
 
 
+def test_an_episode_may_write_so_many_tokens() -> None:
+    """Over all of its rows: the last turn is cut to what is left, and then the episode is truncated."""
+    collector = replace(compacting(Truncate(keep_turns=1, most=9), group_size=1), episode_tokens=18)
+    whole, part = (c(speaker("abc"), [TASK], KEY).rows for c in (replace(collector, episode_tokens=None), collector))
+    assert sum(int(row.action.sum()) for row in whole) == 32 and len(whole) > 1
+    assert sum(int(row.action.sum()) for row in part) == 11 and len(part) > 1
+    assert (
+        part[-1].ending == Ending.TRUNCATED and part[-1].clipped and part[0].token.tolist() == whole[0].token.tolist()
+    )
+
+
 def test_an_answer_without_room_is_read_in_the_next_row() -> None:
     """It is in no row twice: the first asks for a summary without it."""
     task = scripted_task("1?", ("0", 0.0), ("b" * 30, 0.5), ("done", 1.0))
