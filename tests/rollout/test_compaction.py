@@ -154,10 +154,9 @@ def test_an_episode_may_write_so_many_tokens() -> None:
     collector = replace(compacting(Truncate(keep_turns=1, most=9), group_size=1), episode_tokens=18)
     whole, part = (c(speaker("abc"), [TASK], KEY).rows for c in (replace(collector, episode_tokens=None), collector))
     assert sum(int(row.action.sum()) for row in whole) == 32 and len(whole) > 1
-    assert sum(int(row.action.sum()) for row in part) == 11 and len(part) > 1
-    assert (
-        part[-1].ending == Ending.TRUNCATED and part[-1].clipped and part[0].token.tolist() == whole[0].token.tolist()
-    )
+    assert sum(int(row.action.sum()) for row in part) == 18 and len(part) > 1
+    assert part[-1].ending == Ending.TRUNCATED and part[-1].clipped
+    np.testing.assert_array_equal(part[0].token, whole[0].token)
 
 
 def test_an_answer_without_room_is_read_in_the_next_row() -> None:
