@@ -36,7 +36,8 @@ SHAPES = {
     "gpu": [f"{T}x{D}x151936" for T, D in [(8192, 2048), (8192, 4096), (32768, 2048)]]
     + [f"{T}x{D}x151936" for T, D in [(8192, 1536), (32768, 4096), (32768, 1536)]],
 }
-ASKED = {"logp": {}, "divergence": {"entropy": True, "kl": True, "tv": True}}
+ASKED = {"logp": {}, "divergence": {"kl": True, "tv": True}}
+PEERS = ("torch naive", "liger", "cut-cross-entropy")
 # Of the plain product: on a CPU few, since fresh memory for its result costs more than the product.
 GEMM_WORDS = {"cpu": 2048, "gpu": 16_384}
 
@@ -180,6 +181,11 @@ def jobs_of(shape: Shape, dtype: Any) -> tuple[list[Job], dict[str, str]]:
     return jobs, missing
 
 
+def ratio_of(bytes_here: int | None, bytes_there: int | None) -> float | None:
+    """One memory over another, where both are known."""
+    return bytes_here / bytes_there if bytes_here is not None and bytes_there else None
+
+
 def measure(shape: Shape, repeats: int) -> dict[str, Any]:
     """Median seconds of every job, taken in turn, and what follows from them."""
     jobs, missing = jobs_of(shape, jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16)
@@ -197,10 +203,13 @@ def measure(shape: Shape, repeats: int) -> dict[str, Any]:
             seconds[i].append(time.perf_counter() - start)
     median = {i: statistics.median(times) for i, times in seconds.items()}
     rate = jobs[0].flops / min(seconds[0])
-    naive = {(jobs[i].asked, jobs[i].backward): s for i, s in median.items() if jobs[i].name == "reference"}
+    naive = {(jobs[i].asked, jobs[i].backward): i for i in median if jobs[i].name == "reference"}
+    plain = {(jobs[i].name, jobs[i].backward): s for i, s in median.items() if jobs[i].asked == "logp"}
     rows = []
     for i in list(median)[1:]:
-        job, beside = jobs[i], naive.get((jobs[i].asked, jobs[i].backward))
+        job = jobs[i]
+        beside, alone = naive.get((job.asked, job.backward)), plain.get((job.name, job.backward))
+        peers = [plain[peer, job.backward] for peer in PEERS if job.asked == "logp" and (peer, job.backward) in plain]
         rows.append(
             {
                 "implementation": job.name,
@@ -210,7 +219,10 @@ def measure(shape: Shape, repeats: int) -> dict[str, Any]:
                 "spread": [min(seconds[i]), max(seconds[i])],
                 "tflops": job.flops / median[i] / 1e12,
                 "share_of_gemm": job.flops / median[i] / rate,
-                "time_to_naive": None if beside is None else median[i] / beside,
+                "time_to_naive": None if beside is None else median[i] / median[beside],
+                "time_to_best_peer": median[i] / min(peers) if peers else None,
+                "time_to_logp": None if alone is None else median[i] / alone,
+                "temp_to_naive": None if beside is None else ratio_of(job.temp_bytes, jobs[beside].temp_bytes),
                 "temp_gib": None if job.temp_bytes is None else job.temp_bytes / 2**30,
             }
         )

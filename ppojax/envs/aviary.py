@@ -3,7 +3,7 @@
     env.type=aviary env.dataset=my_tasks.py:Train env.eval_dataset=my_tasks.py:HeldOut env.max_turns=12
 
 where each names a class or function without arguments that gives an aviary `TaskDataset` of known length. Needs
-`pip install fhaviary`.
+`pip install 'ppojax[aviary]'`.
 """
 
 from __future__ import annotations
@@ -153,6 +153,6 @@ def _core() -> Any:
         import aviary.core as core  # pyright: ignore[reportMissingImports]
     except ImportError as error:
         raise ConfigError(
-            f"env.type=aviary: the package fhaviary cannot be imported ({error}): pip install fhaviary"
+            f"env.type=aviary: the package fhaviary cannot be imported ({error}): pip install 'ppojax[aviary]'"
         ) from error
     return core

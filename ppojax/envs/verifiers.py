@@ -5,7 +5,7 @@
 A harness is a program that asks a model over HTTP until it is done. verifiers writes its requests as tokens (with the
 package `renderers`) and asks the loopback endpoint of this process for each turn, which the sampler writes: what is
 trained on are those tokens, prompts and turns alike. Unlike ppojax's own tokenizer, `renderers` reads special tokens
-that stand in a text (a tool's output, say) as special tokens. Needs `pip install 'verifiers>=0.4'`.
+that stand in a text (a tool's output, say) as special tokens. Needs `pip install 'ppojax[verifiers]'`.
 """
 
 from __future__ import annotations
@@ -202,7 +202,7 @@ def _packages() -> tuple[Any, Any]:
         from verifiers.v1.utils import loaders  # pyright: ignore[reportMissingImports]
     except ImportError as error:
         raise ConfigError(
-            f"env.type=verifiers: the package verifiers cannot be imported ({error}): pip install 'verifiers>=0.4'"
+            f"env.type=verifiers: the package verifiers cannot be imported ({error}): pip install 'ppojax[verifiers]'"
         ) from error
     return v1, loaders
 
