@@ -43,10 +43,20 @@ def earned(e: Experience) -> Float[jax.Array, " B"]:
     return jnp.sum(jnp.where(e.action_BT, e.reward_BT, 0.0), axis=1)
 
 
+def of_episodes(e: Experience, own_B: Float[jax.Array, " B"]) -> Float[jax.Array, " B"]:
+    """Sum a number of each row over the rows of its episode."""
+    later_BB = Chains.of(e).later_BB
+    return own_B + over_rows(later_BB, own_B) + over_rows(later_BB.T, own_B)
+
+
 def score_of_episodes(e: Experience) -> Float[jax.Array, " B"]:
     """Rewards of each row's whole episode."""
-    chains, own_B = Chains.of(e), earned(e)
-    return own_B + over_rows(chains.later_BB, own_B) + over_rows(chains.later_BB.T, own_B)
+    return of_episodes(e, earned(e))
+
+
+def written_in_episodes(e: Experience) -> Float[jax.Array, " B"]:
+    """Action tokens of each row's whole episode."""
+    return of_episodes(e, jnp.sum(e.action_BT, axis=1, dtype=jnp.float32))
 
 
 def behind(

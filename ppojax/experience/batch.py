@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from ppojax.advantages import AdvantageEstimator
-from ppojax.advantages.chain import score_of_episodes
+from ppojax.advantages.chain import score_of_episodes, written_in_episodes
 from ppojax.types import Advantage, Batch, Experience, Recorded
 
 
@@ -20,17 +20,17 @@ def make_batch(experience: Experience, *, estimator: AdvantageEstimator, entropy
         estimator: of advantages.
         entropy_scale: times the entropy bonus of every token; None for a bonus that stays as it is.
     """
-    out, score_B = _estimate(without_records(experience), estimator=estimator)
+    out, score_B, written_B = _estimate(without_records(experience), estimator=estimator)
     entropy_BT = None
     if entropy_scale is not None or out.explored_BT is not None:
         explored_BT = jnp.ones_like(experience.action_BT) if out.explored_BT is None else out.explored_BT
         entropy_BT = explored_BT.astype(jnp.float32) * jnp.float32(1.0 if entropy_scale is None else entropy_scale)
-    return Batch(experience, out.advantage_BT, out.return_MBT, score_B, entropy_BT)
+    return Batch(experience, out.advantage_BT, out.return_MBT, score_B, entropy_BT, written_B)
 
 
 @partial(jax.jit, static_argnames=("estimator",))
-def _estimate(experience: Experience, *, estimator: AdvantageEstimator) -> tuple[Advantage, jax.Array]:
-    return estimator(experience), score_of_episodes(experience)
+def _estimate(experience: Experience, *, estimator: AdvantageEstimator) -> tuple[Advantage, jax.Array, jax.Array]:
+    return estimator(experience), score_of_episodes(experience), written_in_episodes(experience)
 
 
 def without_records(experience: Experience) -> Experience:

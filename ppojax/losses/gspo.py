@@ -32,6 +32,9 @@ class GSPO(CorrectedLoss):
         Every token has the row's ratio as its value, and as its gradient that of its own log pi: with
         `seq_mean_token_mean` and one advantage a row that is the gradient of the row's loss. A correction multiplies
         the loss of each token.
+
+        The ratio is the row's also where compaction cut an episode into several: those may lie in other minibatches.
+        `aggregation.sequence` only says how rows are averaged.
         """
         logp_old_BT = self.logp_old(batch)
         advantage_BT = jax.lax.stop_gradient(batch.advantage_BT)

@@ -37,6 +37,6 @@ class NLL(Component):
     def __call__(self, stats: TokenStats, batch: Batch) -> LossOut:
         """Compute loss_t = -log pi(y_t) over the action tokens, in nats. `actor/nll_loss` is its mean over tokens."""
         action_BT = batch.experience.action_BT
-        total = self.aggregation(-stats.logp, action_BT)
+        total = self.aggregation(-stats.logp, action_BT, batch.written_B)
         metrics: Metrics = {"actor/nll_loss": masked_mean(-stats.logp, action_BT)}
         return LossOut(total.sum, total.weight, jax.lax.stop_gradient(metrics))

@@ -57,7 +57,7 @@ class PolicyLoss(Component):
         """
         mask_BT = batch.experience.action_BT
         total_BT = policy_BT
-        metrics = {**metrics, "actor/pg_loss": self.aggregation(policy_BT, mask_BT)}
+        metrics = {**metrics, "actor/pg_loss": self.aggregation(policy_BT, mask_BT, batch.written_B)}
         if stats.entropy is not None:
             metrics["actor/entropy"] = masked_mean(stats.entropy, mask_BT)
         if self.entropy:
@@ -66,12 +66,12 @@ class PolicyLoss(Component):
             total_BT = total_BT - self.entropy_coefficient * weight_BT * stats.entropy
         if self.kl.needs:
             kl_BT = self.kl(stats, batch.experience)
-            metrics["actor/kl_loss"] = self.aggregation(kl_BT, mask_BT)
+            metrics["actor/kl_loss"] = self.aggregation(kl_BT, mask_BT, batch.written_B)
             total_BT = total_BT + self.kl.coefficient * kl_BT
         if self.positive_nll:
             assert batch.score_B is not None, "positive_nll needs the rewards of episodes, which the batch has not"
             nll_BT = jnp.where(batch.score_B[:, None] > self.positive_from, -stats.logp, 0.0)
-            metrics["actor/positive_nll"] = self.aggregation(nll_BT, mask_BT)
+            metrics["actor/positive_nll"] = self.aggregation(nll_BT, mask_BT, batch.written_B)
             total_BT = total_BT + self.positive_nll * nll_BT
-        total = self.aggregation(total_BT, mask_BT)
+        total = self.aggregation(total_BT, mask_BT, batch.written_B)
         return LossOut(total.sum, total.weight, jax.lax.stop_gradient(metrics))

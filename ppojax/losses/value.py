@@ -45,8 +45,8 @@ class ValueLoss(Component):
             loss_MBT = cross_entropy_MBT
         else:
             loss_MBT = self._half_square(value_MBT, batch, metrics)
-        total = self.aggregation(jnp.sum(loss_MBT, axis=0), action_BT)
-        metrics["critic/vf_loss"] = self.aggregation(jnp.mean(loss_MBT, axis=0), action_BT)
+        total = self.aggregation(jnp.sum(loss_MBT, axis=0), action_BT, batch.written_B)
+        metrics["critic/vf_loss"] = self.aggregation(jnp.mean(loss_MBT, axis=0), action_BT, batch.written_B)
         metrics["critic/vpred_mean"] = masked_mean(jnp.mean(value_MBT, axis=0), action_BT)
         return LossOut(total.sum, total.weight, jax.lax.stop_gradient(metrics))
 
