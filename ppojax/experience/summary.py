@@ -44,8 +44,11 @@ def rollout_metrics(rows: Sequence[Row]) -> dict[str, float]:
         "response_length/min": float(written.min()),
         "response_length/clip_ratio": float(np.mean(limited)),
         "prompt_length/mean": float(prompt.mean()),
+        "prompt_length/max": float(prompt.max()),
+        "prompt_length/min": float(prompt.min()),
         "num_turns/mean": float(turns.mean()),
         "error/frac": 1.0 - len(good) / len(episodes),
+        **_distinct([row for episode in good for row in episode]),
         **_compaction(np.array([len(episode) for episode in good])),
         **_parts(last),
     }
@@ -54,6 +57,17 @@ def rollout_metrics(rows: Sequence[Row]) -> dict[str, float]:
 def _turns(row: Row) -> int:
     """Turns that the policy wrote in a row, a summary among them."""
     return int((np.diff(row.action.astype(int), prepend=0) == 1).sum())
+
+
+def _distinct(rows: Sequence[Row]) -> dict[str, float]:
+    """Different pairs of successive tokens that the policy wrote, over all such pairs of the step: distinct-2 of arXiv
+    1510.03055. It falls where answers become alike, and with their number, so compare steps of one size."""
+    pairs = []
+    for row in rows:
+        first = row.token[:-1].astype(np.int64)[row.action[:-1] & row.action[1:]]
+        pairs.append((first << 32) | row.token[1:].astype(np.int64)[row.action[:-1] & row.action[1:]])
+    pair = np.concatenate(pairs)
+    return {"response/distinct_2": len(np.unique(pair)) / len(pair)} if len(pair) else {}
 
 
 def _compaction(segments: np.ndarray) -> dict[str, float]:
@@ -111,10 +125,10 @@ def advantage_metrics(batch: Batch, gamma: float) -> dict[str, float]:
         "critic/advantages/min": float(advantage.min()),
     }
     returns = to_go(e.reward_BT, action_BT, gamma, chains=Chains.of(e))[action_BT].astype(np.float64)
-    out["critic/returns/mean"] = float(returns.mean())
+    out |= _spread("critic/returns", returns)
     if e.value_MBT is not None:
         value = e.value_MBT.mean(0)[action_BT].astype(np.float64)
-        out["critic/values/mean"] = float(value.mean())
+        out |= _spread("critic/values", value)
         out["critic/values/std"] = float(value.std())
         if len(e.value_MBT) > 1:
             out["critic/value_std"] = float(e.value_MBT.std(0)[action_BT].mean())
@@ -122,3 +136,7 @@ def advantage_metrics(batch: Batch, gamma: float) -> dict[str, float]:
         if returns.var() > 1e-8:
             out["critic/vf_explained_var"] = float(1 - (returns - value).var() / returns.var())
     return out
+
+
+def _spread(name: str, x: np.ndarray) -> dict[str, float]:
+    return {f"{name}/mean": float(x.mean()), f"{name}/max": float(x.max()), f"{name}/min": float(x.min())}

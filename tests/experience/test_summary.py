@@ -40,6 +40,8 @@ def test_explained_variance_is_of_the_monte_carlo_return_over_all_tokens(gamma: 
     assert got["critic/returns/mean"] == pytest.approx(G.mean(), rel=1e-6)
     assert got["critic/values/mean"] == pytest.approx(V.mean(), rel=1e-5)
     assert got["critic/values/std"] == pytest.approx(V.std(), rel=1e-5)
+    assert got["critic/values/max"] == pytest.approx(V.max(), rel=1e-5)
+    assert got["critic/returns/min"] == pytest.approx(G.min(), rel=1e-6)
     assert got["critic/advantages/mean"] == pytest.approx(advantage_BT[mask].mean(), rel=1e-5)
 
 
@@ -107,6 +109,9 @@ def test_rollout_metrics() -> None:
         "response_length/min": 2.0,
         "response_length/clip_ratio": 0.25,
         "prompt_length/mean": 4.0,
+        "prompt_length/max": 5.0,
+        "prompt_length/min": 3.0,
+        "response/distinct_2": 1 / 16,
         "num_turns/mean": 1.0,
         "error/frac": pytest.approx(0.2),
     }
@@ -142,6 +147,9 @@ def test_episodes_count_once_however_many_rows_they_have() -> None:
         "response_length/min": 8.0,
         "response_length/clip_ratio": 0.5,
         "prompt_length/mean": 4.0,
+        "prompt_length/max": 5.0,
+        "prompt_length/min": 3.0,
+        "response/distinct_2": 1 / 16,
         "num_turns/mean": 2.0,
         "error/frac": pytest.approx(1 / 3),
         "compaction/segments_mean": 2.0,
@@ -167,3 +175,13 @@ def test_returns_run_along_chains(gamma: float) -> None:
     assert got[1, 1] == 4
     out = advantage_metrics(Batch(e, np.zeros((4, 4), np.float32)), gamma)
     assert out["critic/returns/mean"] == pytest.approx(np.mean([*chain, *last, 4]), rel=1e-6)
+
+
+def test_answers_that_are_alike_have_few_distinct_pairs() -> None:
+    """Pairs (5, 6), (6, 5) and, in another turn, (5, 6): 2 of 3; what is across an observation is no pair."""
+    token = np.array([1, 5, 6, 5, 9, 5, 6], np.int32)
+    action = np.array([0, 1, 1, 1, 0, 1, 1], bool)
+    plain = row(1.0, 4, 3, 0, Ending.TERMINATED)
+    got = rollout_metrics([replace(plain, token=token, action=action)])
+    assert got["response/distinct_2"] == pytest.approx(2 / 3)
+    assert "response/distinct_2" not in rollout_metrics([row_of({})])
