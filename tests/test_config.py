@@ -356,6 +356,7 @@ EXACT = {
     "rollout.mismatch.stale_steps=1": "gaps are put in on purpose; set rollout.mismatch={}",
     "model.remat=dots": "what blocks keep for the backward pass changes the program; set model.remat=full",
     "model.lora.dropout=0.1": "an update drops inputs of its own; set model.lora.dropout=0",
+    "actor.perturb={}": "an update adds noise of its own; set actor.perturb=null",
     "update.shared_prefix=true": "shared prompts have other shapes; set update.shared_prefix=false",
 }
 
@@ -365,3 +366,11 @@ def test_what_keeps_sampling_from_being_exact(argument: str) -> None:
     [line] = faults(*BASE, "rollout.exact=true", "update.shared_prefix=false", argument)
     assert line.startswith("rollout.exact=true (command line), ")
     assert line.endswith(f": {EXACT[argument]}, or rollout.exact=false")
+
+
+def test_noise_is_over_the_sampler() -> None:
+    [line] = faults(*BASE, "actor.perturb={}", "loss.type=ppo")
+    assert "this loss takes a ratio to the policy at the start of the update; set loss.anchor=behavior" in line
+    Config.load(*BASE, "actor.perturb={}", "loss.type=ppo", "loss.anchor=behavior")
+    [line] = faults(*BASE, "loss.type=ppo", "loss.anchor=behavior", "loss.correction.method=mask")
+    assert "correction.method=mask would count the difference twice: set correction.method=none" in line

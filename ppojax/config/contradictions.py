@@ -34,6 +34,7 @@ def contradictions(config: Config) -> Iterator[Contradiction]:
     yield from _supports(config)
     yield from _groups(config)
     yield from _entropy(config)
+    yield from _perturb(config)
     if config.advantage.needs_values:
         yield from _critic(config)
     if config.warm_start is not None:
@@ -62,6 +63,16 @@ def _entropy(config: Config) -> Iterator[Contradiction]:
             ("advantage.ensemble.disputed", "loss.entropy_coefficient"),
             "tokens are left out of an entropy bonus that there is not",
             "set loss.entropy_coefficient, for instance to 0.001, or advantage.ensemble.disputed=0",
+        )
+
+
+def _perturb(config: Config) -> Iterator[Contradiction]:
+    if config.actor.perturb is not None and "logp_old" in config.loss.needs:
+        yield Contradiction(
+            ("actor.perturb", "loss.type", "loss.anchor"),
+            "the policy with noise is compared with the sampler, and this loss takes a ratio to the policy at the "
+            "start of the update",
+            "set loss.anchor=behavior where the loss has it (ppo, gspo, cispo, dppo), or actor.perturb=null",
         )
 
 
@@ -255,6 +266,7 @@ def _exact(config: Config) -> Iterator[Contradiction]:
         ("rollout.mismatch", rollout.mismatch == Mismatch(), "{}", "gaps are put in on purpose"),
         ("model.remat", model.remat == "full", "full", "what blocks keep for the backward pass changes the program"),
         ("model.lora.dropout", dropout == 0, "0", "an update drops inputs of its own"),
+        ("actor.perturb", config.actor.perturb is None, "null", "an update adds noise of its own"),
         ("update.shared_prefix", not config.update.shared_prefix, "false", "shared prompts have other shapes"),
     ]
     for key, holds, value, why in wrong:

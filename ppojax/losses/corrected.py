@@ -1,8 +1,10 @@
-"""What the losses share whose ratio is taken to the policy at the start of the update."""
+"""What the losses share that clip a ratio to the policy at the start of the update, or to the sampler."""
 
 from __future__ import annotations
 
-from pydantic import Field
+from typing import Literal
+
+from pydantic import Field, model_validator
 
 from ppojax.lazy import Float, jax
 from ppojax.losses.correction import Correction
@@ -13,6 +15,12 @@ from ppojax.types import Batch, LossOut, Metrics, TokenStats
 class CorrectedLoss(PolicyLoss):
     """A loss of pi/pi_old, which may be corrected for a sampler that is not pi_old."""
 
+    anchor: Literal["old", "behavior"] = Field(
+        default="old",
+        description="policy the ratio is taken to: old, the policy at the start of the update; behavior, the sampler "
+        "(verl's bypass mode; with actor.perturb the ratio of ALP)",
+    )
+
     correction: Correction = Field(
         default=Correction(), description="weight for the difference between the sampler and the policy it was"
     )
@@ -20,11 +28,21 @@ class CorrectedLoss(PolicyLoss):
     @property
     def needs(self) -> frozenset[str]:
         """Which of the experience's optional arrays the loss reads: `logp_old`, `logp_ref`, `hidden_ref`."""
-        return super().needs | {"logp_old"}
+        return super().needs | ({"logp_old"} if self.anchor == "old" else set())
+
+    @model_validator(mode="after")
+    def _corrects_something(self) -> CorrectedLoss:
+        if self.anchor == "behavior" and self.correction.method != "none":
+            raise ValueError(
+                f"anchor=behavior: the ratio is over the sampler already; correction.method={self.correction.method} "
+                "would count the difference twice: set correction.method=none, or anchor=old"
+            )
+        return self
 
     def logp_old(self, batch: Batch) -> Float[jax.Array, "B T"]:
-        """Log-probabilities at the start of the update, stop-gradiented."""
-        logp_old_BT = batch.experience.logp_old_BT
+        """Log-probabilities of the anchor, stop-gradiented."""
+        e = batch.experience
+        logp_old_BT = e.logp_old_BT if self.anchor == "old" else e.logp_behavior_BT
         assert logp_old_BT is not None, f"{type(self).__name__} needs logp_old, which was not scored"
         return jax.lax.stop_gradient(logp_old_BT)
 

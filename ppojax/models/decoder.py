@@ -26,6 +26,7 @@ from ppojax.models.flash import flash, use_flash
 from ppojax.models.linear import linear
 from ppojax.models.lora import LoRAConfig, drop
 from ppojax.models.moe import CHOICE, mix
+from ppojax.models.perturb import Noise, perturbed
 from ppojax.models.rope import Turn, rotary, rotate
 from ppojax.models.spec import AttentionChoice, DecoderSpec, Remat
 from ppojax.types import Routing
@@ -267,6 +268,7 @@ class Decoder(nnx.Module):
         remat: Remat = "none",
         choice: AttentionChoice = "xla",
         key_B: jax.Array | None = None,
+        noise: Noise | None = None,
     ) -> Hidden:
         """Run the blocks over `token_BT`, whose tokens stand at `position_BT` of their rows.
 
@@ -274,6 +276,7 @@ class Decoder(nnx.Module):
         `routed` `[Lmoe, B, T, K]` names the experts that each token goes to; where it is -1 the router chooses. Tokens
         off `valid_BT` are in no sum of the routing. A `mesh` is needed where rows or experts lie on several devices.
         `choice` is what attends (`ppojax.models.flash`). With a `key_B` of each row adapters drop some of their inputs.
+        `noise` is added to what each block reads.
         """
         spec, kinds = self.spec, block_kinds(self.spec)
         distinct = list(dict.fromkeys(kinds))
@@ -282,7 +285,8 @@ class Decoder(nnx.Module):
         flashing = use_flash(choice, spec, dtype, cached=cached, packed=packed)
 
         def block(x: jax.Array, layer: tuple) -> tuple[jax.Array, tuple[KeyValue, Routing | None]]:
-            weight, kind, n, past, routed = layer
+            weight, kind, n, past, routed, sigma = layer
+            x = x if noise is None else perturbed(x, sigma, noise.key_BT, n, noise.relative)
             if look_up:
                 past = jax.tree.map(lambda c: jax.lax.dynamic_index_in_dim(c, n, keepdims=False), cache)
             sight = sights[0] if kind is None else jax.tree.map(lambda *s: jax.lax.select_n(kind, *s), *sights)
@@ -302,9 +306,10 @@ class Decoder(nnx.Module):
             layers = (
                 nnx.to_pure_dict(nnx.state(stack)),
                 kind_L if len(distinct) > 1 else None,
-                jnp.asarray(stack.blocks, jnp.int32) if look_up or key_B is not None else None,
+                jnp.asarray(stack.blocks, jnp.int32) if look_up or key_B is not None or noise is not None else None,
                 None if look_up else cache,
                 routed if stack is self.layers else None,
+                None if noise is None else noise.sigma[stack.blocks.start : stack.blocks.stop],
             )
             x_BTD, (key_value, routing) = jax.lax.scan(rematerialised(block, remat), x_BTD, layers)
             key_values.append(key_value)

@@ -19,6 +19,7 @@ from ppojax.models.critic import Critic
 from ppojax.models.decoder import Decoder, Hidden
 from ppojax.models.hints import back, with_hints
 from ppojax.models.lora import LoRAConfig, combine, row_keys, split
+from ppojax.models.perturb import Noise, Perturbation
 from ppojax.models.spec import AttentionChoice, DecoderSpec, Remat, StatisticsChoice
 from ppojax.models.value_head import ValueHead
 from ppojax.types import Experience, Layout, Routing, TokenStats
@@ -149,6 +150,7 @@ def hidden_states(
     routed: jax.Array | None = None,
     valid_BT: jax.Array | None = None,
     key_B: jax.Array | None = None,
+    noise: Noise | None = None,
 ) -> Hidden:
     """Final hidden states of `token_BT`, the tokens' keys and values, and their routing (see `Decoder.__call__`)."""
     bound = _bind(model, params)
@@ -164,6 +166,7 @@ def hidden_states(
         remat=model.remat,
         choice=model.attention,
         key_B=key_B,
+        noise=noise,
     )
 
 
@@ -181,14 +184,20 @@ class Read(NamedTuple):
 
 
 def read_rows(
-    model: ModelDef, params: Params, experience: Experience, layout: Layout, key: jax.Array | None = None
+    model: ModelDef,
+    params: Params,
+    experience: Experience,
+    layout: Layout,
+    key: jax.Array | None = None,
+    perturbation: Perturbation | None = None,
 ) -> Read:
     """Hidden state of the token before each position, from the first action on.
 
     Where rows share a prefix it is read once and its keys and values stand in for it in every row of the group:
     with 8 rollouts of a 60-token prompt and 40 tokens each, 380 positions instead of 800. The numbers are the same.
     Tokens go to the experts in `experience.routed_BTLK`, where it is there. Padding and failed rows count as no load.
-    With a `key` the adapters drop inputs, of a group's rows by its first row.
+    With a `key` the adapters drop inputs, of a group's rows by its first row. With a `perturbation` what blocks read is
+    noisy: each row has its own noise, but for a prompt that is read once, which has its first row's.
     """
     token_BT, routed_BTLK = experience.token_BT, experience.routed_BTLK
     length_B = jnp.where(experience.valid_B, experience.length_B, 0)  # as far as load goes
@@ -197,8 +206,9 @@ def read_rows(
     if layout.group == 1:
         position_BT = positions(token_BT)
         routed, valid_BT = by_layer(routed_BTLK), position_BT < length_B[:, None]
+        noise = None if perturbation is None else perturbation.noise(experience, position_BT)
         hidden_BTD, _, routing = hidden_states(
-            model, params, token_BT, position_BT, None, None, routed, valid_BT if model.spec.moe else None, key_P
+            model, params, token_BT, position_BT, None, None, routed, valid_BT if model.spec.moe else None, key_P, noise
         )
         before_BTD = jnp.pad(hidden_BTD[:, :-1], ((0, 0), (1, 0), (0, 0)))
         return Read(before_BTD, jnp.zeros_like(experience.prefix_B), routing)
@@ -221,8 +231,9 @@ def read_rows(
     if model.spec.moe is not None:
         shared_P = jnp.max(jnp.minimum(prefix_B, length_B).reshape(-1, group), axis=1)
         valid_PN = packed(position_PT < shared_P[:, None], position_BR < length_B[:, None])
+    noise = None if perturbation is None else perturbation.shared(experience, position_PT, position_BR)
     hidden_PND, _, routing = hidden_states(
-        model, params, token_PN, position_PN, None, Packing(prefix, group), routed, valid_PN, key_P
+        model, params, token_PN, position_PN, None, Packing(prefix, group), routed, valid_PN, key_P, noise
     )
     last_P = jnp.maximum(prefix_B[::group] - 1, 0)
     last_PD = jnp.take_along_axis(hidden_PND, last_P[:, None, None], axis=1)
@@ -247,10 +258,15 @@ ALONE = Heads()
 
 
 def action_states(
-    model: ModelDef, params: Params, experience: Experience, layout: Layout, key: jax.Array | None = None
+    model: ModelDef,
+    params: Params,
+    experience: Experience,
+    layout: Layout,
+    key: jax.Array | None = None,
+    perturbation: Perturbation | None = None,
 ) -> tuple[jax.Array, Routing | None]:
     """Hidden state in which each action was chosen, `[B, A, D]`, of no meaning at filler positions; and the routing."""
-    before_BRD, offset_B, routing = read_rows(model, params, experience, layout, key)
+    before_BRD, offset_B, routing = read_rows(model, params, experience, layout, key, perturbation)
     place_BA = jnp.maximum(experience.action_index_BA - offset_B[:, None], 0)
     return jnp.take_along_axis(before_BRD, place_BA[:, :, None], axis=1), routing
 
@@ -278,16 +294,18 @@ def score_and_route(
     entropy: bool = False,
     key: jax.Array | None = None,
     heads: Heads = ALONE,
+    perturbation: Perturbation | None = None,
 ) -> tuple[TokenStats, Routing | None]:
     """Score the actions of each row under the policy, aligned with their tokens, 0 elsewhere; and its routing.
 
     `logp_BT[:, t] = log softmax(logits(hidden[:, t-1]) / temperature)[token[:, t]]`. Only action positions meet the
-    head, and the vocabulary is never held for all of them at once. With a `key` the adapters drop inputs.
+    head, and the vocabulary is never held for all of them at once. With a `key` the adapters drop inputs, and with a
+    `perturbation` what blocks read is noisy.
 
     With `heads.behavior` also `tv` and `reverse_kl` = KL(sampler || policy), without gradient; with `heads.reference`
     also `kl_ref` = KL(policy || reference); and `topk_logp`, over actions `[B, A, K]`, where tokens are recorded.
     """
-    hidden_BAD, routing = action_states(model, params, experience, layout, key)
+    hidden_BAD, routing = action_states(model, params, experience, layout, key, perturbation)
     how = partial(
         token_stats,
         temperature=temperature,

@@ -16,6 +16,7 @@ from ppojax.mesh import enable_compilation_cache, replicated
 from ppojax.models.critic_source import CriticForm, load_critic
 from ppojax.models.forward import ModelDef, Params
 from ppojax.models.lora import split
+from ppojax.models.perturb import NAME, Perturb
 from ppojax.models.pretrained import Loaded, load_model
 from ppojax.models.tokenizer import Tokenizer
 from ppojax.rollout.check import check_tasks
@@ -31,7 +32,7 @@ from ppojax.types import NO_RECORDS, TrainState
 from ppojax.update.state import init_state, place_frozen
 
 # Purposes of randomness, and the "step" of what happens outside of steps.
-INIT_ACTOR, INIT_CRITIC, SAMPLE, EVALUATE, DROP_ACTOR, DROP_CRITIC = range(6)
+INIT_ACTOR, INIT_CRITIC, SAMPLE, EVALUATE, DROP_ACTOR, DROP_CRITIC, PERTURB = range(7)
 OUTSIDE = 2**31 - 1
 CHECKED_PROMPTS = 8
 
@@ -46,6 +47,11 @@ def dropout_key(model: ModelDef, seed: int, step: int, purpose: int, update: int
     if model.lora is None or model.lora.dropout == 0:
         return None
     return jax.random.fold_in(purpose_key(seed, step, purpose), update)
+
+
+def noise_key(perturb: Perturb | None, seed: int, step: int, update: int) -> jax.Array | None:
+    """The key of one update whose blocks read noise; None where they do not."""
+    return None if perturb is None else jax.random.fold_in(purpose_key(seed, step, PERTURB), update)
 
 
 @dataclass(frozen=True)
@@ -95,7 +101,11 @@ def build(config: Config) -> tuple[Parts, States]:
         critic, critic_base, critic_state = build_critic(config, loaded, mesh)
     actor_base = place_frozen(loaded.model, frozen, mesh)
     # Last, for it takes the weights over: a critic may be cut from them, and its frozen ones are the actor's own.
-    actor = init_state(loaded.model, trained, config.actor.optimizer.build(), mesh, donate=not critic_base)
+    perturb = config.actor.perturb
+    if perturb is not None:
+        perturb.check(loaded.model.spec)
+        trained = {**trained, NAME: perturb.start(loaded.model.spec)}
+    actor = init_state(loaded.model, trained, config.actor.build_optimizer(), mesh, donate=not critic_base)
     states = States(actor, critic_state)
     parts = Parts(
         mesh,

@@ -17,6 +17,7 @@ from ppojax.experience.score import Scorers, score
 from ppojax.experience.summary import advantage_metrics, rollout_metrics
 from ppojax.models.forward import Heads, Params, head_VD
 from ppojax.models.lora import combine, fingerprint, merge
+from ppojax.models.perturb import apart
 from ppojax.models.pretrained import Loaded
 from ppojax.models.settings import CutCritic
 from ppojax.rollout.dynamic import choose, count_varied
@@ -157,7 +158,7 @@ class Trainer:
 
     def policy(self) -> Params:
         """The actor's parameters, all of them."""
-        return combine(self.parts.actor_base, self.states.actor.params)
+        return combine(self.parts.actor_base, apart(self.states.actor.params)[0])
 
     def sampler_policy(self) -> Params:
         """The actor's parameters as the sampler reads them (see `sampler_params`)."""
@@ -211,7 +212,7 @@ class Trainer:
         return self._copy()
 
     def _copy(self) -> Params:
-        return jax.tree.map(lambda p: p.copy(), self.states.actor.params)
+        return jax.tree.map(lambda p: p.copy(), apart(self.states.actor.params)[0])
 
     def _copies_to_play(self) -> list[Params]:
         """What the actor was in the steps before, oldest first, as far as stale weights are played: itself, so far."""

@@ -10,7 +10,7 @@ from ppojax.errors import DivergedError
 from ppojax.experience.batch import without_records
 from ppojax.experience.minibatch import minibatches
 from ppojax.models.forward import Heads
-from ppojax.trainer.build import DROP_ACTOR, DROP_CRITIC, Parts, States, dropout_key
+from ppojax.trainer.build import DROP_ACTOR, DROP_CRITIC, Parts, States, dropout_key, noise_key
 from ppojax.types import Batch, Layout, TrainState
 from ppojax.update.actor import actor_step
 from ppojax.update.critic import critic_step
@@ -73,6 +73,8 @@ def update_actor(
                 frozen=parts.actor_base,
                 key=dropout_key(parts.actor, config.seed, number, DROP_ACTOR, len(done)),
                 heads=heads,
+                perturb=config.actor.perturb,
+                noise_key=noise_key(config.actor.perturb, config.seed, number, len(done)),
             )
             done.append(metrics)
     _check_finite("actor", states.actor, config.update.max_skipped)

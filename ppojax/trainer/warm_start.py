@@ -9,6 +9,7 @@ from ppojax.config import Config
 from ppojax.errors import DataError, DivergedError
 from ppojax.experience.pack import pack
 from ppojax.losses import NLL
+from ppojax.models.perturb import apart
 from ppojax.rollout.demonstrate import demonstrate
 from ppojax.rollout.tasks import task_stream
 from ppojax.trainer.build import DROP_ACTOR, OUTSIDE, Parts, dropout_key
@@ -29,7 +30,8 @@ def warm_start(
     """
     rng = np.random.default_rng((config.seed, settings.steps))
     stream = task_stream(parts.train_tasks, settings.rows, config.seed ^ 1)
-    state = init_state(parts.actor, state.params, settings.optimizer.build(), parts.mesh)
+    weights, deviations = apart(state.params)
+    state = init_state(parts.actor, weights, settings.optimizer.build(), parts.mesh)
     actions = config.env.max_turns * config.rollout.max_turn_tokens
     losses = []
     for _ in range(settings.steps):
@@ -66,4 +68,5 @@ def warm_start(
         raise DivergedError(
             "warm_start: gradients were not finite at its end: lower warm_start.optimizer.learning_rate"
         )
-    return init_state(parts.actor, state.params, config.actor.optimizer.build(), parts.mesh), [float(x) for x in losses]
+    params = {**state.params, **deviations}
+    return init_state(parts.actor, params, config.actor.build_optimizer(), parts.mesh), [float(x) for x in losses]

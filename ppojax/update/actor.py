@@ -12,9 +12,10 @@ from ppojax.losses.router import RouterLoss
 from ppojax.masking import finish, masked_max, masked_mean
 from ppojax.models.forward import ALONE, Heads, ModelDef, Params, score_and_route
 from ppojax.models.lora import combine
-from ppojax.types import Batch, Layout, LossOut, Mean, Metrics, TokenStats, TrainState
+from ppojax.models.perturb import NAME, Perturb, apart, perturbation_of
+from ppojax.types import Batch, Layout, LossOut, Max, Mean, Metrics, TokenStats, TrainState
 from ppojax.update.accumulate import gradients
-from ppojax.update.settings import OptimizerConfig
+from ppojax.update.settings import OptimizerConfig, with_perturb
 from ppojax.update.state import apply_gradients, state_shardings
 
 NO_ROUTER_LOSS = RouterLoss()
@@ -41,7 +42,9 @@ def mismatch(stats: TokenStats, batch: Batch) -> Metrics:
 
 @partial(
     jax.jit,
-    static_argnames=("model", "loss", "optimizer", "temperature", "layout", "microbatch_rows", "mesh", "router"),
+    static_argnames=(
+        *("model", "loss", "optimizer", "temperature", "layout", "microbatch_rows", "mesh", "router", "perturb"),
+    ),
     donate_argnames=("state",),
 )
 def actor_step(
@@ -59,6 +62,8 @@ def actor_step(
     frozen: Params | None = None,
     key: jax.Array | None = None,
     heads: Heads = ALONE,
+    perturb: Perturb | None = None,
+    noise_key: jax.Array | None = None,
 ) -> tuple[TrainState, dict[str, jax.Array]]:
     """Take one optimizer step on a minibatch: one gradient of `loss`, clipped, applied to the float32 masters.
 
@@ -67,12 +72,20 @@ def actor_step(
     `sampling/` metrics, which are then of the policy that drops.
 
     `heads` are of the policies that the loss compares with over the whole vocabulary.
+
+    With `perturb` the policy is the one whose blocks read what `noise_key` makes noisy (ALP, arXiv 2603.19470), in the
+    ratios and the `sampling/` metrics too, and `log_sigma` is trained with it; what it is compared with has no noise.
     """
 
     def objective(params: Params, rows: Batch) -> LossOut:
-        whole = combine(frozen or {}, params)
+        whole = combine(frozen or {}, apart(params)[0])
         stats, routing = score_and_route(
-            model, whole, rows.experience, layout, temperature=temperature, entropy=True, key=key, heads=heads
+            *(model, whole, rows.experience, layout),
+            temperature=temperature,
+            entropy=True,
+            key=key,
+            heads=heads,
+            perturbation=perturbation_of(perturb, params, noise_key),
         )
         out = loss(stats, rows)
         metrics = {**out.metrics, **mismatch(stats, rows)}
@@ -82,10 +95,25 @@ def actor_step(
         return LossOut(out.sum + extra * out.weight, out.weight, {**metrics, **load})
 
     grads, value, weight, metrics = gradients(objective, state.params, batch, microbatch_rows, layout.group)
-    transform = optimizer.build()
+    transform = with_perturb(optimizer, perturb)
     rate = optimizer.learning_rate_at(state.step)
     state, applied = apply_gradients(state, grads, weight, transform)
-    state = jax.lax.with_sharding_constraint(state, state_shardings(model, transform, mesh))
+    state = jax.lax.with_sharding_constraint(
+        state, state_shardings(model, transform, mesh, perturbed=perturb is not None)
+    )
     one = jnp.float32(1)
     metrics |= {"actor/loss": Mean(value, one), "actor/lr": Mean(rate, one)}
+    if perturb is not None:
+        metrics |= _sizes(perturb.sigma(state.params[NAME]))
     return state, finish(metrics | {f"actor/{name}": m for name, m in applied.items()})
+
+
+def _sizes(sigma: jax.Array) -> Metrics:
+    """Deviations of the noise after the update, over the blocks that have it."""
+    noisy, one = sigma > 0, jnp.float32(1)
+    least = jnp.min(jnp.where(noisy, sigma, jnp.inf))
+    return {
+        "actor/sigma_mean": masked_mean(sigma, noisy),
+        "actor/sigma_min": Mean(least, one),
+        "actor/sigma_max": Max(jnp.max(sigma)),
+    }

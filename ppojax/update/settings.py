@@ -12,6 +12,7 @@ from ppojax.lazy import jax, jnp, optax
 from ppojax.losses import ValueLoss
 from ppojax.losses.router import RouterLoss
 from ppojax.models.lora import LoRAConfig
+from ppojax.models.perturb import NAME, Perturb
 from ppojax.models.settings import CriticModelConfig, CutCritic
 from ppojax.models.value_head import LinearHead, ValueHead
 
@@ -87,6 +88,30 @@ class ActorConfig(Component):
 
     optimizer: OptimizerConfig = Field(default=OptimizerConfig(), description="the policy's optimizer")
     router: RouterLoss = Field(default=RouterLoss(), description="losses on the routers of a model with experts")
+    perturb: Perturb | None = Field(
+        default=None,
+        description="noise of learnable size on what each block reads, in the update only (ALP); null: none",
+    )
+
+    def build_optimizer(self) -> optax.GradientTransformation:
+        """The optimizer of the policy, and of the deviations of its noise."""
+        return with_perturb(self.optimizer, self.perturb)
+
+
+def with_perturb(optimizer: OptimizerConfig, perturb: Perturb | None) -> optax.GradientTransformation:
+    """Add Adam for `log_sigma`: it does not decay, and is in no norm that is clipped."""
+    if perturb is None:
+        return optimizer.build()
+    own = optax.adam(perturb.learning_rate, b1=optimizer.beta1, b2=optimizer.beta2, eps=optimizer.eps)
+    return optax.chain(optax.masked(optimizer.build(), _weights), optax.masked(own, _deviations))
+
+
+def _weights(params: Any) -> Any:
+    return {name: name != NAME for name in params}
+
+
+def _deviations(params: Any) -> Any:
+    return {name: name == NAME for name in params}
 
 
 class CriticConfig(Component):

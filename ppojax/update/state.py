@@ -12,16 +12,33 @@ import optax
 from ppojax.mesh import replicated
 from ppojax.models.forward import ModelDef, Params, param_shardings
 from ppojax.models.lora import split
+from ppojax.models.perturb import NAME
 from ppojax.types import Mean, Metrics, TrainState
 
 
-def state_shardings(model: ModelDef, optimizer: optax.GradientTransformation, mesh: jax.sharding.Mesh) -> Any:
-    """Shardings of a train state, in its shape: moments lie as their parameters do, counters everywhere."""
+def state_shardings(
+    model: ModelDef, optimizer: optax.GradientTransformation, mesh: jax.sharding.Mesh, *, perturbed: bool = False
+) -> Any:
+    """Shardings of a train state, in its shape: moments lie as their parameters do, counters everywhere.
+
+    `perturbed`: the state has the deviations of noise beside the model's parameters (`ppojax.models.perturb`).
+    """
     params, _ = split(param_shardings(model, mesh), model.lora)
     everywhere = replicated(mesh)
+    if perturbed:
+        params = {**params, NAME: everywhere}
     abstract = jax.eval_shape(optimizer.init, jax.tree.map(lambda _: jnp.float32(0), params))
+
+    def masked(leaf: Any) -> bool:
+        return isinstance(leaf, optax.MaskedNode)
+
     opt_state = optax.tree_map_params(
-        optimizer.init, lambda _, s: s, abstract, params, transform_non_params=lambda _: everywhere
+        optimizer.init,
+        lambda leaf, s: leaf if masked(leaf) else s,
+        abstract,
+        params,
+        transform_non_params=lambda _: everywhere,
+        is_leaf=masked,
     )
     return TrainState(params, opt_state, cast(Any, everywhere), cast(Any, everywhere))
 
@@ -41,7 +58,7 @@ def init_state(
 
     The state of an ensemble is the states of its critics, on a leading axis of every array.
     """
-    shardings = state_shardings(model, optimizer, mesh)
+    shardings = state_shardings(model, optimizer, mesh, perturbed=NAME in params)
     placed = jax.device_put(jax.tree.map(lambda p: p.astype("float32"), params), shardings.params)
 
     def start(p: Params) -> TrainState:

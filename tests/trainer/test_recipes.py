@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from ppojax.config import Config
+from ppojax.models.perturb import apart
 from ppojax.models.pretrained import Loaded
 from ppojax.trainer import Trainer
 from ppojax.trainer.build import build_critic
@@ -80,8 +81,9 @@ def warm() -> dict[str, Any]:
 def test_recipes_learn(recipe: str, warm: dict[str, Any]) -> None:
     """Reward from .26 (the same episodes for all) up: measured over .8 after 10 steps by each."""
     trainer = Trainer(Config.load(*sized(recipe), "actor.optimizer.learning_rate=1e-3", "critic.updates=2"))
-    start = jax.device_put(warm, jax.tree.map(lambda p: p.sharding, trainer.states.actor.params))
-    trainer.states.actor = trainer.states.actor._replace(params=start)
+    weights, deviations = apart(trainer.states.actor.params)
+    start = jax.device_put(warm, jax.tree.map(lambda p: p.sharding, weights))
+    trainer.states.actor = trainer.states.actor._replace(params={**start, **deviations})
     if trainer.parts.critic is not None:
         loaded = Loaded(trainer.parts.actor, trainer.policy(), trainer.parts.tokenizer)
         _, _, trainer.states.critic = build_critic(trainer.config, loaded, trainer.parts.mesh)
