@@ -47,7 +47,7 @@ def test_against_counting(program, seed, levels):
             np.testing.assert_array_equal(~np.asarray(out.explored_BT)[where], by_counting(-sigma[where], 0.35))
 
 
-@pytest.mark.parametrize("n", [5, 10, 15, 35, 70, 1000])
+@pytest.mark.parametrize("n", [5, 35, 1000])
 def test_exactly_the_share_where_all_differ(n):
     """0.2 of 5 is 1 and 0.7 of 10 is 7, whatever float32 makes of 0.2 and 0.7."""
     sigma = np.random.default_rng(0).permutation(n)[None].astype(float)
@@ -64,12 +64,13 @@ def critics(M: int, same: bool, seed: int = 0):
     return experience_of(action, reward=action * rng.normal(size=(B, T)), value=value)
 
 
-@pytest.mark.parametrize("M", [1, 2, 3])
+@pytest.mark.parametrize("M", [1, 3])
 @pytest.mark.parametrize("scope", ["row", "batch"])
 def test_identical_critics_are_one(M, scope):
     """Nothing is masked, to the bit: three equal values have a float32 mean that may be another."""
     mask = EnsembleMask(agreed=0.2, disputed=0.2, scope=scope)
-    one, many = GAE()(critics(1, same=True)), GAE(ensemble=mask)(critics(M, same=True))
+    run = jax.jit(lambda one, many: (GAE()(one), GAE(ensemble=mask)(many)))
+    one, many = run(critics(1, same=True), critics(M, same=True))
     # The mean of three equal values is off by a rounding, in advantages of order 1.
     np.testing.assert_allclose(many.advantage_BT, one.advantage_BT, atol=2e-6)
     np.testing.assert_array_equal(many.advantage_BT == 0, one.advantage_BT == 0)
@@ -82,8 +83,8 @@ def test_inside_gae(whiten):
     """Advantages are zeroed after whitening, nothing else changes, and the entropy bonus goes into the batch."""
     e = critics(3, same=False)
     masks = EnsembleMask(agreed=0.2, disputed=0.2)
-    plain, masked = GAE(whiten=whiten)(e), GAE(whiten=whiten, ensemble=masks)(e)
-    want = masks(e.value_MBT, e.action_BT)
+    estimators = GAE(whiten=whiten), GAE(whiten=whiten, ensemble=masks)
+    plain, masked, want = jax.jit(lambda e: (*(x(e) for x in estimators), masks(e.value_MBT, e.action_BT)))(e)
     np.testing.assert_array_equal(masked.advantage_BT, np.where(want.agreed_BT, 0, plain.advantage_BT))
     np.testing.assert_array_equal(masked.return_MBT, plain.return_MBT)
     np.testing.assert_array_equal(masked.explored_BT, want.explored_BT)
@@ -94,6 +95,7 @@ def test_inside_gae(whiten):
 
 
 def test_off_is_off():
-    out = GAE()(critics(2, same=False))
-    assert out.explored_BT is None and not EnsembleMask().on
-    assert GAE(ensemble=EnsembleMask(agreed=0.5))(critics(2, same=False)).explored_BT is None
+    assert not EnsembleMask().on
+    agreed = EnsembleMask(agreed=0.5)
+    for estimator in (GAE(), GAE(ensemble=agreed)):
+        assert jax.eval_shape(estimator.__call__, critics(2, same=False)).explored_BT is None
