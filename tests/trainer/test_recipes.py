@@ -20,9 +20,11 @@ FOLDER = Path(__file__).parents[2] / "configs"
 RECIPES = sorted(path.stem for path in (FOLDER / "recipes").glob("*.yaml"))
 # What a small model has no room, or no reason, for.
 EXTRA = {
+    # Rows write 8 tokens here: with VAPO's 0.05 lambda would be 0, with 0.6 it is .8, as for 100 tokens.
+    "vapo": ("advantage.length_alpha=0.6",),
     "compaction_rl": (
         "rollout.compaction.max_tokens=8",
-        "rollout.compaction.request=?",
+        "rollout.compaction.request=go",
         "rollout.compaction.header=' '",
     ),
 }
@@ -56,6 +58,7 @@ def sized(recipe: str) -> list[str]:
         f"config={FOLDER / 'recipes' / recipe}.yaml",
         *taken,
         *([] if "update:" in text else ["update.minibatches=2"]),
+        *EXTRA.get(recipe, ()),
     ]
 
 
