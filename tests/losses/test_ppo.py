@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ppojax.losses import PPOClip
+from ppojax.losses import GSPO, PPOClip
 from ppojax.types import Batch, TokenStats
 from small_batch import experience_of, token_row
 
@@ -81,3 +81,13 @@ def test_needs_the_old_policy():
     assert PPOClip().needs == {"logp_old"}
     with pytest.raises(AssertionError, match="PPOClip needs logp_old"):
         PPOClip()(stats(), token_row(A))
+
+
+@pytest.mark.parametrize("kind", [PPOClip, GSPO])
+def test_the_ratio_may_be_to_the_sampler(kind):
+    """The same numbers with the sampler in the old policy's place; nothing is to be scored."""
+    loss = kind(anchor="behavior")
+    assert loss.needs == frozenset() and kind().needs == {"logp_old"}
+    b, s = token_row(A, behavior=np.log(OLD)), stats()
+    np.testing.assert_array_equal(loss(s, b).sum, kind()(s, batch()).sum)
+    np.testing.assert_array_equal(slope(loss, b, s), slope(kind(), batch(), s))
