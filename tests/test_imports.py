@@ -16,7 +16,7 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 
 # From the bottom up. A line imports from the lines above it here only, never from its own.
 LINES = (
-    ("types", "errors", "component", "lazy"),
+    ("types", "errors", "component", "lazy", "statistics"),
     ("masking", "actions", "settings"),
     ("mesh",),
     ("kernels",),
@@ -25,7 +25,8 @@ LINES = (
     ("update", "runtime"),
     ("config",),
     ("trainer", "cli", "viewer"),
-    ("train", "critic_fit", "evaluate", "export", "view"),
+    ("reporting",),
+    ("train", "critic_fit", "evaluate", "export", "report", "view"),
 )
 LEVEL = {name: level for level, names in enumerate(LINES) for name in names}
 
@@ -176,7 +177,7 @@ def test_environments_never_reach_jax() -> None:
         assert numerical_imports(module) == []
 
 
-@pytest.mark.parametrize("module", ["config", "cli", "train", "critic_fit", "evaluate", "export", "view"])
+@pytest.mark.parametrize("module", ["config", "cli", "train", "critic_fit", "evaluate", "export", "report", "view"])
 def test_a_config_is_read_without_jax(module: str) -> None:
     assert numerical_imports(f"ppojax.{module}") == []
 

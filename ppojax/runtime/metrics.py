@@ -124,6 +124,19 @@ def _length_through(path: Path, resume_step: int) -> int:
 
 
 def read_metrics(path: Path) -> list[dict[str, float | int | None]]:
-    """Read the rows of a `metrics.jsonl`, leaving out a torn last line."""
+    """Read the rows of a `metrics.jsonl`, leaving out a torn last line. Raises DataError when another is no row."""
     lines = path.read_bytes().split(b"\n")
-    return [json.loads(line) for line in lines[:-1] if line]
+    return [_row(line, path, number) for number, line in enumerate(lines[:-1], start=1) if line]
+
+
+def _row(line: bytes, path: Path, number: int) -> dict[str, float | int | None]:
+    try:
+        row = json.loads(line)
+    except (ValueError, RecursionError):
+        row = None
+    if not isinstance(row, dict) or any(type(x) not in (int, float, type(None)) for x in row.values()):
+        raise DataError(
+            f"{path}: is no list of metrics, expected one object a line, of numbers (see line {number}); "
+            "mend or remove it"
+        )
+    return row

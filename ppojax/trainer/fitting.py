@@ -22,6 +22,7 @@ from ppojax.models.critic_files import write_critic
 from ppojax.models.pretrained import Loaded
 from ppojax.runtime.rundir import RunDir
 from ppojax.runtime.transcripts import read_rows
+from ppojax.statistics import explained_variance
 from ppojax.trainer.build import build_critic
 from ppojax.trainer.held_out import restored
 from ppojax.types import Batch, Ending, Experience, Layout, Row, episodes_of
@@ -161,8 +162,8 @@ class _Fit:
             found.append((return_BT[e.action_BT], e.value_MBT[0][e.action_BT], part_BT[e.action_BT]))
         returns, values, parts = (np.concatenate(column).astype(np.float64) for column in zip(*found, strict=True))
         return Explained(
-            _explained(returns, values),
-            tuple(_explained(returns[parts == p], values[parts == p]) for p in range(PARTS)),
+            explained_variance(returns, values),
+            tuple(explained_variance(returns[parts == p], values[parts == p]) for p in range(PARTS)),
         )
 
     def _batch(self, rows: list[Row]) -> Batch:
@@ -199,12 +200,6 @@ def _split(episodes: list[Episode], share: float, seed: int) -> tuple[list[Episo
         [rows for rows in episodes if rows[0].group not in kept],
         [rows for rows in episodes if rows[0].group in kept],
     )
-
-
-def _explained(returns: np.ndarray, values: np.ndarray) -> float:
-    if len(returns) == 0 or returns.var() <= 1e-8:
-        return float("nan")
-    return float(1 - (returns - values).var() / returns.var())
 
 
 def _finite(explained: Explained) -> dict[str, float | list[float | None] | None]:

@@ -81,8 +81,8 @@ STYLE = _BASE.strip() + "\n" + _colour_rules()
 SCRIPT = _SCRIPT.strip()
 
 
-def page(title: str, body: str) -> str:
-    """Wrap figures into a page of its own. `title` is text, `body` is markup such as `figure` returns.
+def page(title: str, body: str, style: str = "") -> str:
+    """Wrap figures into a page of its own. `title` is text, `body` is markup such as `figure` returns, with `style`.
 
     The page forbids itself to load anything and to run any script but ours.
     """
@@ -92,7 +92,7 @@ def page(title: str, body: str) -> str:
         "<!doctype html>\n<html lang=en><head><meta charset=utf-8>\n"
         f'<meta http-equiv="Content-Security-Policy" content="{policy}">\n'
         '<meta name=viewport content="width=device-width">\n'
-        f"<title>{_text(title)}</title>\n<style>\n{STYLE}\n</style></head>\n"
+        f"<title>{_text(title)}</title>\n<style>\n{STYLE}\n{style}</style></head>\n"
         f"<body>\n{body}\n<script>{SCRIPT}</script>\n</body></html>\n"
     )
 

@@ -79,7 +79,7 @@ def _rewards(path: Path) -> dict[int, float]:
         return {}
     try:
         found = [(row["step"], row.get("reward/mean")) for row in read_metrics(path)]
-    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+    except KeyError as error:
         raise DataError(f"{path}: is no list of metrics, expected one object a line; mend or remove it") from error
     return {step: float(reward) for step, reward in found if isinstance(step, int) and isinstance(reward, int | float)}
 
