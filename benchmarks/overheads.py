@@ -140,7 +140,7 @@ def updates(experience: Any, repeats: int) -> dict[str, list[float]]:
         held = [start]
 
         def once() -> Any:
-            held[0], metrics = step(held[0])
+            held[0], metrics, *_ = step(held[0])
             return metrics
 
         return seconds(once, repeats)

@@ -200,12 +200,20 @@ class Max(NamedTuple):
 Metrics = dict[str, Mean | Max]
 
 
+class TokenTrace(NamedTuple):
+    """What an optimizer step saw of each token, before it moved the policy; 0 off action."""
+
+    ratio_BT: Any  # float32: probability of the policy that is trained over the sampler's, held within exp(+-20)
+    mask_BT: Any  # bool: the loss had a gradient in the token's log-probability
+
+
 class LossOut(NamedTuple):
     """A loss as a sum and the weight to divide it by; `update` divides once, by the weight of the whole minibatch."""
 
     sum: jax.Array
     weight: jax.Array
     metrics: Metrics
+    trace: TokenTrace | None = None  # the actor's step adds it
 
 
 class TrainState(NamedTuple):

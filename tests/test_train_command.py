@@ -113,7 +113,7 @@ def test_a_run_that_was_killed_or_stopped_goes_on_as_if_it_had_not(tmp_path: Pat
 
 
 def test_a_run_leaves_what_it_promises(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    overrides = ("steps=2", "eval.every=2", "eval.prompts=2", "checkpoint.every=1", "loss.anchor=old")
+    overrides = ("steps=2", "eval.every=2", "eval.prompts=2", "checkpoint.every=1")
     arguments = tiny_run(tmp_path, *overrides)
     assert run_command(main, arguments) == 0
     run = tmp_path / "run"
@@ -129,8 +129,9 @@ def test_a_run_leaves_what_it_promises(tmp_path: Path, capsys: pytest.CaptureFix
     assert "ckpt/step" not in logged[1] and logged[2]["ckpt/step"] == 1 and logged[2]["ckpt/blocked_s"] > 0
     assert logged[1]["perf/actor_tflops"] > 0
     for row in read_transcripts(run / "rollouts" / "step_000002.jsonl"):
-        # The trainer's own log-probability over the sampler's: of the same weights, so 1 where the policy chose.
-        assert row["ratio"] == pytest.approx([float(a) for a in row["action"]], abs=1e-4)
+        # Only where the policy chose; near 1, since one optimizer step lies between at most.
+        assert [x > 0 for x in row["ratio"]] == [bool(a) for a in row["action"]] and max(row["ratio"]) < 10
+        assert all(a or not m for a, m in zip(row["action"], row["mask"], strict=True))
     out, err = capsys.readouterr()
     assert str(run) in out.replace("\n", "") and err == ""
     # The directory is taken now.

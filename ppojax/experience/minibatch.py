@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import TypeVar
 
@@ -71,8 +71,21 @@ def minibatches(
     if count == 1:
         yield batch
         return
-    rows = batch.advantage_BT.shape[0]
-    order = np.random.default_rng(seed).permutation(rows // group)
-    index = (order[:, None] * group + np.arange(group)[None, :]).reshape(-1).astype(np.int32)
-    for part in np.split(index, count):
+    for part in np.split(_dealt(batch.advantage_BT.shape[0], seed, group), count):
         yield take_rows(batch, part, mesh=mesh)
+
+
+def put_back(parts: Sequence[np.ndarray], seed: tuple[int, ...], group: int) -> np.ndarray:
+    """Undo `minibatches` for one array `[rows, ...]` of each of them, on the host."""
+    if len(parts) == 1:
+        return parts[0]
+    joined = np.concatenate(parts)
+    out = np.empty_like(joined)
+    out[_dealt(len(joined), seed, group)] = joined
+    return out
+
+
+def _dealt(rows: int, seed: tuple[int, ...], group: int) -> np.ndarray:
+    """The rows in the order in which several minibatches take them."""
+    order = np.random.default_rng(seed).permutation(rows // group)
+    return (order[:, None] * group + np.arange(group)[None, :]).reshape(-1).astype(np.int32)

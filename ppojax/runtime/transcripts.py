@@ -44,9 +44,9 @@ def write_transcripts(
     dropped. Fields of an object: `group`, `episode`, `segment` (the rows of an episode are linked by the last two),
     `ending`, `error` (what kind, where it failed), `clipped` (a turn ran into its limit), `reward_sum`, `messages`,
     and, one entry a token, `token`, `text` (pieces that join to the whole text), `action`, `reward`, `logp_behavior`,
-    `advantage`, `value` (a list for each critic), `ratio`, `mask` (0 where a trust region left the token out); null
-    where it was not given. `value_end` is each critic's value of the state after the last token, where the episode goes
-    on there (truncated, cut) and the arrays reach that far. Numbers carry six digits.
+    `advantage`, `value` (a list for each critic), `ratio` and `mask` (of a `TokenTrace`); null where it was not given.
+    `value_end` is each critic's value of the state after the last token, where the episode goes on there (truncated,
+    cut) and the arrays reach that far. Numbers carry six digits.
 
     A file that cannot be written is a warning: no run ends for want of a transcript.
     """

@@ -7,7 +7,6 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 
 import jax
-import numpy as np
 from rich.console import Console
 
 from ppojax.config import Config
@@ -120,16 +119,14 @@ def _evaluate(trainer: Trainer, progress: Progress) -> dict[str, float]:
 
 def _write_transcripts(trainer: Trainer, run: RunDir, out: StepOut) -> None:
     batch = jax.device_get(out.batch)
-    e = batch.experience
-    # What training saw of each token before the update, over what the sampler said; only where it was scored.
-    ratio_BT = None if e.logp_old_BT is None else np.where(e.action_BT, np.exp(e.logp_old_BT - e.logp_behavior_BT), 0.0)
     write_transcripts(
         run.transcript(out.step),
         out.rows,
         trainer.parts.tokenizer.decode,
         advantage_BT=batch.advantage_BT,
-        value_MBT=e.value_MBT,
-        ratio_BT=ratio_BT,
+        value_MBT=batch.experience.value_MBT,
+        ratio_BT=None if out.trace is None else out.trace.ratio_BT,
+        mask_BT=None if out.trace is None else out.trace.mask_BT,
     )
 
 

@@ -30,7 +30,7 @@ from ppojax.trainer.meter import Meter
 from ppojax.trainer.playing import play_batch
 from ppojax.trainer.updates import update_actor, update_critic
 from ppojax.trainer.warm_start import warm_start
-from ppojax.types import Batch, Experience, Layout, Rollout, Row
+from ppojax.types import Batch, Experience, Layout, Rollout, Row, TokenTrace
 
 AGAIN = 2**16  # before the number of a round, apart from the tries of `play_batch`
 
@@ -44,6 +44,7 @@ class StepOut:
     rollout: Rollout
     batch: Batch
     rows: Sequence[Row | None]  # of the rollout, where they stand in the batch
+    trace: TokenTrace | None = None  # of the batch's tokens, on the host; None where only the critic learnt
 
 
 class Trainer:
@@ -106,16 +107,18 @@ class Trainer:
         if states.critic is not None:
             with meter.timed("update_critic"):
                 metrics |= update_critic(config, parts, states, batch, layout, self.number)
+        trace = None
         if states.critic is None or self.number >= config.critic.warmup_steps:
             with meter.timed("update_actor"):
-                metrics |= update_actor(config, parts, states, batch, layout, heads, self.number)
+                updated, trace = update_actor(config, parts, states, batch, layout, heads, self.number)
+            metrics |= updated
         metrics |= self.controls.follow_entropy(metrics)
         self.number += 1
         metrics |= meter.performance(rollout.rows, parts.mesh.size) | compile_metrics()
         metrics |= meter.utilisation(parts.actor.spec, experience, layout, config.update.epochs, parts.mesh)
         # A caller may keep this over the next step: without the arrays that are large on the devices.
         batch = batch._replace(experience=without_records(batch.experience))
-        return StepOut(self.number, metrics, rollout, batch, rows)
+        return StepOut(self.number, metrics, rollout, batch, rows, trace)
 
     def _sample(self, played: Params) -> Rollout:
         """Play the step's episodes: more than one round of them, where groups have to differ."""

@@ -8,10 +8,10 @@ import numpy as np
 from ppojax.config import Config
 from ppojax.errors import DivergedError
 from ppojax.experience.batch import without_records
-from ppojax.experience.minibatch import minibatches
+from ppojax.experience.minibatch import minibatches, put_back
 from ppojax.models.forward import Heads
 from ppojax.trainer.build import DROP_ACTOR, DROP_CRITIC, Parts, States, dropout_key, noise_key
-from ppojax.types import Batch, Layout, TrainState
+from ppojax.types import Batch, Layout, TokenTrace, TrainState
 from ppojax.update.actor import actor_step
 from ppojax.update.critic import critic_step
 from ppojax.update.state import skipped_in_a_row
@@ -49,17 +49,20 @@ def update_critic(
 
 def update_actor(
     config: Config, parts: Parts, states: States, batch: Batch, layout: Layout, heads: Heads, number: int
-) -> dict[str, float]:
+) -> tuple[dict[str, float], TokenTrace]:
     """Improve the policy.
+
+    Returns:
+        Metrics, and what was seen of each token when it was last read, on the host, in the batch's order.
 
     Raises:
         DivergedError: too many updates in a row had gradients that are not finite.
     """
-    done = []
+    done, seed, traces = [], (), []
     for epoch in range(config.update.epochs):
-        seed = (config.seed, number, epoch, 0)
+        seed, traces = (config.seed, number, epoch, 0), []
         for minibatch in minibatches(batch, config.update.minibatches, seed, layout.group, parts.mesh):
-            states.actor, metrics = actor_step(
+            states.actor, metrics, trace = actor_step(
                 states.actor,
                 minibatch,
                 model=parts.actor,
@@ -77,10 +80,12 @@ def update_actor(
                 noise_key=noise_key(config.actor.perturb, config.seed, number, len(done)),
             )
             done.append(metrics)
+            traces.append(trace)
     _check_finite("actor", states.actor, config.update.max_skipped)
     # Only before the first update is the gap to the sampler numerical; afterwards it is learning.
     first = {name: float(v) for name, v in done[0].items() if name.startswith("sampling/")}
-    return _average(done) | first
+    last = [put_back(parts, seed, layout.group) for parts in zip(*jax.device_get(traces), strict=True)]
+    return _average(done) | first, TokenTrace(*last)
 
 
 def _check_finite(who: str, state: TrainState, most: int) -> None:

@@ -49,7 +49,7 @@ def warm_start(
             actions=actions,
             mesh=parts.mesh,
         )
-        state, metrics = actor_step(
+        state, metrics, _ = actor_step(
             state,
             Batch(experience, jnp.ones_like(experience.reward_BT)),
             model=parts.actor,

@@ -7,42 +7,43 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
-from ppojax.experience.minibatch import split_rows
+from ppojax.experience.minibatch import join_rows, split_rows
 from ppojax.masking import reduce_parts
 from ppojax.models.forward import Params
-from ppojax.types import Batch, LossOut, Metrics
+from ppojax.types import Batch, LossOut, Metrics, TokenTrace
 
 
 def gradients(
     loss: Callable[[Params, Batch], LossOut], params: Params, batch: Batch, microbatch_rows: int, group: int = 1
-) -> tuple[Params, jax.Array, jax.Array, Metrics]:
+) -> tuple[Params, jax.Array, jax.Array, Metrics, TokenTrace | None]:
     """Differentiate sum / weight over the whole minibatch.
 
     Sums and weights of the parts are added up before the one division, so neither the loss nor its gradient depends
     on how the rows are cut into microbatches (`group` consecutive rows stay together). Gradients accumulate in float32.
 
     Returns:
-        Gradients, the loss, its weight, and the metrics of the whole minibatch.
+        Gradients, the loss, its weight, the metrics of the whole minibatch, and its trace, if the loss has one.
     """
 
-    def part(params: Params, rows: Batch) -> tuple[jax.Array, tuple[jax.Array, Metrics]]:
+    def part(params: Params, rows: Batch) -> tuple[jax.Array, LossOut]:
         out = loss(params, rows)
-        return out.sum, (out.weight, out.metrics)
+        return out.sum, out
 
-    def one(rows: Batch) -> tuple[Params, jax.Array, jax.Array, Metrics]:
-        (total, (weight, metrics)), grads = jax.value_and_grad(part, has_aux=True)(params, rows)
-        return grads, total, weight, metrics
+    def one(rows: Batch) -> tuple[Params, jax.Array, jax.Array, Metrics, TokenTrace | None]:
+        (total, out), grads = jax.value_and_grad(part, has_aux=True)(params, rows)
+        return grads, total, out.weight, out.metrics, out.trace
 
-    def step(carry: tuple, rows: Batch) -> tuple[tuple, Metrics]:
-        *sums, metrics = one(rows)
-        return jax.tree.map(jnp.add, carry, tuple(sums)), metrics
+    def step(carry: tuple, rows: Batch) -> tuple[tuple, tuple[Metrics, TokenTrace | None]]:
+        *sums, metrics, trace = one(rows)
+        return jax.tree.map(jnp.add, carry, tuple(sums)), (metrics, trace)
 
     parts = split_rows(batch, microbatch_rows, group)
     if parts.advantage_BT.shape[0] == 1:  # nothing to add up: spare the passes over the parameters
-        grads, total, weight, metrics = one(jax.tree.map(lambda x: x[0], parts))
+        grads, total, weight, metrics, trace = one(jax.tree.map(lambda x: x[0], parts))
     else:
         zeros = (jax.tree.map(jnp.zeros_like, params), jnp.float32(0), jnp.float32(0))
-        (grads, total, weight), stacked = jax.lax.scan(step, zeros, parts)
+        (grads, total, weight), (stacked, traces) = jax.lax.scan(step, zeros, parts)
         metrics = reduce_parts(stacked)
+        trace = jax.tree.map(lambda x: join_rows(x, group), traces)
     scale = jnp.where(weight > 0, 1.0 / jnp.maximum(weight, 1e-9), 0.0)
-    return jax.tree.map(lambda g: g * scale, grads), total * scale, weight, metrics
+    return jax.tree.map(lambda g: g * scale, grads), total * scale, weight, metrics, trace

@@ -8,12 +8,13 @@ import jax
 import jax.numpy as jnp
 
 from ppojax.losses import Loss
+from ppojax.losses.divergence import log_ratio
 from ppojax.losses.router import RouterLoss
 from ppojax.masking import finish, masked_max, masked_mean
 from ppojax.models.forward import ALONE, Heads, ModelDef, Params, score_and_route
 from ppojax.models.lora import combine
 from ppojax.models.perturb import NAME, Perturb, apart, perturbation_of
-from ppojax.types import Batch, Layout, LossOut, Max, Mean, Metrics, TokenStats, TrainState
+from ppojax.types import Batch, Layout, LossOut, Max, Mean, Metrics, TokenStats, TokenTrace, TrainState
 from ppojax.update.accumulate import gradients
 from ppojax.update.settings import OptimizerConfig, with_perturb
 from ppojax.update.state import apply_gradients, state_shardings
@@ -40,6 +41,19 @@ def mismatch(stats: TokenStats, batch: Batch) -> Metrics:
     }
 
 
+def trace_tokens(loss: Loss, stats: TokenStats, batch: Batch) -> TokenTrace:
+    """Record the ratio of each action token, and whether its log-probability has a gradient of its own.
+
+        ratio_t = pi(y_t)/mu(y_t),      mask_t = d loss / d log pi(y_t) != 0
+
+    Everything else in the loss is held fixed, so that an entropy bonus, which every token has, does not count.
+    """
+    stats, action_BT = jax.lax.stop_gradient(stats), batch.experience.action_BT
+    slope_BT = jax.grad(lambda logp_BT: loss(stats._replace(logp=logp_BT), batch).sum)(stats.logp)
+    ratio_BT = jnp.exp(log_ratio(stats.logp, batch.experience.logp_behavior_BT))
+    return TokenTrace(jnp.where(action_BT, ratio_BT, 0.0), action_BT & (slope_BT != 0))
+
+
 @partial(
     jax.jit,
     static_argnames=(
@@ -64,14 +78,14 @@ def actor_step(
     heads: Heads = ALONE,
     perturb: Perturb | None = None,
     noise_key: jax.Array | None = None,
-) -> tuple[TrainState, dict[str, jax.Array]]:
+) -> tuple[TrainState, dict[str, jax.Array], TokenTrace]:
     """Take one optimizer step on a minibatch: one gradient of `loss`, clipped, applied to the float32 masters.
 
     `router` adds its losses where the model has experts. `frozen` are the weights beside adapters; there are none where
     everything is trained. With a `key` the adapters drop inputs (`model.lora.dropout`), also in the ratios and the
     `sampling/` metrics, which are then of the policy that drops.
 
-    `heads` are of the policies that the loss compares with over the whole vocabulary.
+    `heads` are of the policies that the loss compares with over the whole vocabulary. Third comes `trace_tokens`.
 
     With `perturb` the policy is the one whose blocks read what `noise_key` makes noisy (ALP, arXiv 2603.19470), in the
     ratios and the `sampling/` metrics too, and `log_sigma` is trained with it; what it is compared with has no noise.
@@ -88,15 +102,16 @@ def actor_step(
             perturbation=perturbation_of(perturb, params, noise_key),
         )
         out = loss(stats, rows)
-        metrics = {**out.metrics, **mismatch(stats, rows)}
+        out = out._replace(metrics={**out.metrics, **mismatch(stats, rows)}, trace=trace_tokens(loss, stats, rows))
         if routing is None:
-            return out._replace(metrics=metrics)
+            return out
         extra, load = router(routing)
-        return LossOut(out.sum + extra * out.weight, out.weight, {**metrics, **load})
+        return out._replace(sum=out.sum + extra * out.weight, metrics={**out.metrics, **load})
 
-    grads, value, weight, metrics = gradients(objective, state.params, batch, microbatch_rows, layout.group)
+    grads, value, weight, metrics, trace = gradients(objective, state.params, batch, microbatch_rows, layout.group)
     transform = with_perturb(optimizer, perturb)
     rate = optimizer.learning_rate_at(state.step)
+    assert trace is not None
     state, applied = apply_gradients(state, grads, weight, transform)
     state = jax.lax.with_sharding_constraint(
         state, state_shardings(model, transform, mesh, perturbed=perturb is not None)
@@ -105,7 +120,7 @@ def actor_step(
     metrics |= {"actor/loss": Mean(value, one), "actor/lr": Mean(rate, one)}
     if perturb is not None:
         metrics |= _sizes(perturb.sigma(state.params[NAME]))
-    return state, finish(metrics | {f"actor/{name}": m for name, m in applied.items()})
+    return state, finish(metrics | {f"actor/{name}": m for name, m in applied.items()}), trace
 
 
 def _sizes(sigma: jax.Array) -> Metrics:

@@ -75,7 +75,7 @@ def _step(
             return config.loss(got.value_MBT, rows, model.head.cross_entropy(got.output_MBTK, rows.return_MBT))
         return config.loss(got.value_MBT, rows)
 
-    grads, value, weight, metrics = gradients(objective, state.params, batch, microbatch_rows, layout.group)
+    grads, value, weight, metrics, _ = gradients(objective, state.params, batch, microbatch_rows, layout.group)
     rate = config.optimizer.learning_rate_at(state.step)
     state, applied = apply_gradients(state, grads, weight, config.build_optimizer())
     one = jnp.float32(1)

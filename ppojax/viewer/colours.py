@@ -68,9 +68,9 @@ def level(quantity: Quantity, token: Token, scale: Scale) -> int:
     if not token.action:
         return 0
     if quantity == "mask":
-        if token.held:
-            return HELD
-        return NO_GRADIENT if not token.trained or token.advantage == 0 else TRAINED
+        if not token.trained or token.advantage == 0:
+            return NO_GRADIENT
+        return HELD if token.held else TRAINED
     if quantity == "value":
         width = scale.high - scale.low
         inside = 0.0 if token.value is None or width <= 0 else (token.value - scale.low) / width

@@ -23,8 +23,8 @@ class Token(NamedTuple):
     reward: float
     logp: float | None = None  # of the sampler; None off action, as is all that follows
     advantage: float | None = None
-    ratio: float | None = None  # of the trainer's probability to the sampler's
-    held: bool = False  # left out by the trust region
+    ratio: float | None = None  # of the trainer's probability to the sampler's, in the update
+    held: bool = False  # had no gradient in the update: left out by the trust region, where the advantage is not 0
     value: float | None = None  # mean over the critics; from the first action of its row on
     spread: float | None = None  # standard deviation over the critics, where there are several
 

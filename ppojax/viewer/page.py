@@ -140,7 +140,7 @@ def missing(quantity: Quantity, episode: Episode) -> str:
     why = {
         "advantage": "no advantage was recorded",
         "value": "no value was recorded: the run has no critic",
-        "ratio": "no ratio was recorded: the loss did not ask for the trainer's log-probabilities before the update",
+        "ratio": "no ratio was recorded: the policy was not trained in this step",
     }
     return "" if known[quantity] else why[quantity]
 

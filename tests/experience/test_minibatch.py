@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from helpers import random_experience
-from ppojax.experience.minibatch import join_rows, minibatches, split_rows, take_rows
+from ppojax.experience.minibatch import join_rows, minibatches, put_back, split_rows, take_rows
 from ppojax.mesh import MeshConfig
 from ppojax.types import Batch, Experience, Recorded
 
@@ -89,7 +89,10 @@ def test_a_part_keeps_every_device_busy_with_its_own_rows() -> None:
 @pytest.mark.parametrize(("count", "group"), [(1, 1), (2, 1), (4, 2), (2, 4), (8, 1)])
 def test_minibatches_are_a_shuffle_of_whole_groups(count: int, group: int) -> None:
     batch = numbered(8 // group, group)
-    dealt = [rows_in(part) for part in minibatches(batch, count, (0, 1, 2), group, MESH)]
+    parts = list(minibatches(batch, count, (0, 1, 2), group, MESH))
+    dealt = [rows_in(part) for part in parts]
+    back_BT = put_back([np.asarray(part.advantage_BT) for part in parts], (0, 1, 2), group)
+    np.testing.assert_array_equal(back_BT, batch.advantage_BT)
     assert [len(rows) for rows in dealt] == [8 // count] * count
     flat = [row for rows in dealt for row in rows]
     assert sorted(flat) == list(range(8))

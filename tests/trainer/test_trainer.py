@@ -63,6 +63,19 @@ def test_five_steps() -> None:
 
     assert any(out.metrics["reward/max"] > 0 for out in outs)
 
+    # Of each token the trace says what DPPO did with it, in the order of the batch, though minibatches are shuffled.
+    for out in outs:
+        e, a_BT, trace = out.batch.experience, np.asarray(out.batch.advantage_BT), out.trace
+        assert trace is not None
+        action_BT, rise_BT = np.asarray(e.action_BT), trace.ratio_BT - 1
+        tv_BT = np.exp(np.asarray(e.logp_behavior_BT)) * np.abs(rise_BT)
+        outside_BT = (a_BT * rise_BT > 0) & (tv_BT > 0.2)
+        np.testing.assert_array_equal(trace.ratio_BT > 0, action_BT)
+        np.testing.assert_array_equal(trace.mask_BT, action_BT & (a_BT != 0) & ~outside_BT)
+        # One half was read before anything moved, the other half after the first optimizer step.
+        moved_B = np.abs(np.where(action_BT, rise_BT, 0)).max(axis=1) > 1e-4
+        assert moved_B.sum() == 4, moved_B
+
     # Everything that should be trained is, and the critic's head has left zero.
     moved = jax.tree.map(lambda a, b: not np.array_equal(a, b), before, jax.device_get(trainer.state()))
     assert all(jax.tree.leaves(moved["actor"].params)) and all(jax.tree.leaves(moved["critic"].params))
@@ -93,6 +106,11 @@ def test_without_a_critic_and_with_what_the_loss_asks_for() -> None:
     e = out.batch.experience
     assert e.value_MBT is None and e.logp_old_BT is not None and e.logp_ref_BT is not None
     np.testing.assert_array_equal(e.logp_old_BT, e.logp_ref_BT)  # before the first update they are one
+    assert out.trace is not None
+    # Rewards are all 0, so are the advantages; what has moved since the rows were scored draws back (its KL).
+    old_BT = np.where(e.action_BT, np.exp(e.logp_old_BT - e.logp_behavior_BT), 0)  # type: ignore[operator]
+    moved_BT = np.abs(out.trace.ratio_BT - old_BT) > 1e-4
+    assert 0 < moved_BT.any(axis=1).sum() <= 4 and out.trace.mask_BT[moved_BT].all()
     e = trainer.step().batch.experience
     assert not np.array_equal(e.logp_old_BT, e.logp_ref_BT)  # type: ignore[arg-type]
     assert same(trainer.reference, reference) and not same(trainer.states.actor.params, reference)
@@ -104,7 +122,7 @@ def test_the_critic_may_learn_alone_first() -> None:
     trainer.warm_start()
     before = jax.device_get(trainer.state())
     out = trainer.step()
-    assert not any(name.startswith("actor/") for name in out.metrics)
+    assert not any(name.startswith("actor/") for name in out.metrics) and out.trace is None
     assert same(trainer.states.actor, before["actor"]) and not same(trainer.states.critic, before["critic"])
     assert "actor/loss" in trainer.step().metrics
 

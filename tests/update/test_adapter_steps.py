@@ -58,7 +58,7 @@ def actor_moves(
     before = jax.device_get(frozen)
     state = init_state(model, start, OPTIMIZER.build(), built)
     batch, layout = minibatch(mesh, share)
-    state, metrics = actor_step(
+    state, metrics, _ = actor_step(
         state, batch, model=model, loss=DPPO(), optimizer=OPTIMIZER, temperature=1.0, layout=layout,
         microbatch_rows=microbatch_rows, mesh=built, frozen=frozen, key=key,
     )  # fmt: skip

@@ -46,7 +46,7 @@ def step(
     built = (mesh or MeshConfig()).build()
     model, start = ModelDef(SPEC, mesh=built), drawn(SPEC)
     batch, layout = minibatch(mesh, share, rows=recorded_rows() if replay else minibatch_rows())
-    state, metrics = actor_step(
+    state, metrics, _ = actor_step(
         init_state(model, start, OPTIMIZER.build(), built), batch, model=model, loss=DPPO(), optimizer=OPTIMIZER,
         temperature=1.0, layout=layout, microbatch_rows=rows, mesh=built, router=router,
     )  # fmt: skip

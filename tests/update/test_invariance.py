@@ -6,9 +6,11 @@ lr g / (|g| + 1), smooth in the gradient, so that parameters are compared as gra
 
 from __future__ import annotations
 
+import inspect
 from dataclasses import replace
-from functools import lru_cache
-from typing import Any
+from functools import lru_cache, partial
+from importlib.metadata import version
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -18,7 +20,8 @@ from random_batch import minibatch, minibatch_rows
 from helpers import ACTOR, CRITIC, params
 from ppojax.losses import DPPO, PPOClip, ValueLoss
 from ppojax.mesh import MeshConfig
-from ppojax.types import Batch, Ending, Layout
+from ppojax.models.forward import score_tokens
+from ppojax.types import Batch, Ending, Layout, TokenTrace
 from ppojax.update.actor import actor_step
 from ppojax.update.critic import critic_step
 from ppojax.update.settings import CriticConfig, OptimizerConfig
@@ -26,15 +29,21 @@ from ppojax.update.state import init_state
 
 OPTIMIZER = OptimizerConfig(learning_rate=1.0, eps=1.0, max_grad_norm=1e6)
 CRITIC_CONFIG = CriticConfig(optimizer=OPTIMIZER, loss=ValueLoss(clip=0.3))
-LOSSES = {"dppo": DPPO(entropy_coefficient=0.01), "ppo": PPOClip()}
+# The policy is fresh, so that no token's probability is far from 1/48.
+LOSSES = {"dppo": DPPO(entropy_coefficient=0.01, delta_low=4e-3, delta_high=2e-3), "ppo": PPOClip()}
 KINDS = ("dppo", "ppo", "critic")
 
 
-def step(
-    kind: str, batch: Batch, layout: Layout, microbatch_rows: int, mesh: MeshConfig | None = None
-) -> tuple[Any, dict[str, float]]:
-    """What one step moves each parameter by, and its metrics."""
-    built = (mesh or MeshConfig()).build()
+class Stepped(NamedTuple):
+    """What one step moves each parameter by, its metrics, and what the actor's says of each token."""
+
+    moved: Any
+    metrics: dict[str, float]
+    trace: TokenTrace | None = None
+
+
+def step(kind: str, batch: Batch, layout: Layout, microbatch_rows: int, mesh: MeshConfig | None = None) -> Stepped:
+    built, trace = (mesh or MeshConfig()).build(), None
     if kind == "critic":
         start = params(CRITIC)
         state = init_state(CRITIC, start, CRITIC_CONFIG.build_optimizer(), built)
@@ -44,24 +53,24 @@ def step(
     else:
         actor, start = replace(ACTOR, mesh=built), params(ACTOR)
         state = init_state(actor, start, OPTIMIZER.build(), built)
-        state, metrics = actor_step(
+        state, metrics, trace = actor_step(
             state, batch, model=actor, loss=LOSSES[kind], optimizer=OPTIMIZER, temperature=0.9, layout=layout,
             microbatch_rows=microbatch_rows, mesh=built,
         )  # fmt: skip
     moved = jax.tree.map(lambda a, b: np.asarray(a) - np.asarray(b), state.params, start)
-    return moved, {name: float(value) for name, value in metrics.items()}
+    return Stepped(moved, {name: float(value) for name, value in metrics.items()}, jax.device_get(trace))
 
 
 @lru_cache
-def reference(kind: str) -> tuple[Any, dict[str, float]]:
+def reference(kind: str) -> Stepped:
     """All rows at once on one device, with separate prompts."""
     batch, layout = minibatch()
     return step(kind, batch, layout, 8)
 
 
-def assert_same(got: tuple[Any, dict[str, float]], kind: str) -> None:
-    moved, metrics = got
-    want_moved, want_metrics = reference(kind)
+def assert_same(got: Stepped, kind: str) -> None:
+    moved, metrics, _ = got
+    want_moved, want_metrics, _ = reference(kind)
     largest = max(np.abs(x).max() for x in jax.tree.leaves(want_moved))
     assert largest > 1e-3
     for a, b in zip(jax.tree.leaves(moved), jax.tree.leaves(want_moved), strict=True):
@@ -73,10 +82,63 @@ def assert_same(got: tuple[Any, dict[str, float]], kind: str) -> None:
 
 def test_the_reference_is_worth_comparing_with() -> None:
     """Some tokens are outside of the trust region, some clipped, and nothing is zero by accident."""
-    _, dppo = reference("dppo")
-    assert 0 < dppo["trust_region/masked_frac"] < 1 or dppo["trust_region/tv_max"] > 0
-    assert 0 < reference("ppo")[1]["actor/pg_clipfrac"] < 1
-    assert 0 < reference("critic")[1]["critic/vf_clipfrac"] < 1
+    assert 0 < reference("dppo").metrics["trust_region/masked_frac_pos"] < 1
+    assert 0 < reference("dppo").metrics["trust_region/masked_frac_neg"] < 1
+    assert 0 < reference("ppo").metrics["actor/pg_clipfrac"] < 1
+    assert 0 < reference("critic").metrics["critic/vf_clipfrac"] < 1
+
+
+def test_the_trace_of_tokens_against_a_loop() -> None:
+    """The ratio to the sampler, and no gradient where DPPO masks, PPO clips, A is 0, or nothing was chosen."""
+    batch, layout = minibatch()
+    e = batch.experience
+    logp_BT = np.asarray(score_tokens(ACTOR, params(ACTOR), e, layout, temperature=0.9).logp)
+    dppo, ppo = reference("dppo").trace, reference("ppo").trace
+    assert dppo is not None and ppo is not None
+    # The failed row has advantages, but no token that counts.
+    assert not dppo.mask_BT[-1].any() and not dppo.ratio_BT[-1].any() and np.asarray(batch.advantage_BT)[:-1].any()
+    held = clipped = 0
+    for b, t in np.ndindex(*logp_BT.shape):
+        if not e.action_BT[b, t]:
+            assert dppo.ratio_BT[b, t] == ppo.ratio_BT[b, t] == 0 and not dppo.mask_BT[b, t] and not ppo.mask_BT[b, t]
+            continue
+        a, mu, pi = float(batch.advantage_BT[b, t]), np.exp(e.logp_behavior_BT[b, t]), np.exp(logp_BT[b, t])
+        assert dppo.ratio_BT[b, t] == pytest.approx(pi / mu, rel=1e-5)
+        assert ppo.ratio_BT[b, t] == pytest.approx(pi / mu, rel=1e-5)
+        outside = abs(mu - pi) > (2e-3 if a > 0 else 4e-3) and (pi - mu) * a > 0
+        assert e.logp_old_BT is not None
+        ratio = pi / np.exp(e.logp_old_BT[b, t])
+        clip = ratio > 1.2 if a > 0 else ratio < 0.8
+        assert dppo.mask_BT[b, t] == (not outside) and ppo.mask_BT[b, t] == (not clip), (b, t)
+        held, clipped = held + outside, clipped + bool(clip)
+    assert held > 2 and clipped > 2
+
+
+def test_recording_tokens_changes_no_bit_of_the_update(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same step, compiled with nothing recorded.
+
+    As users compile it: with the older emitters, which the tests use to save time, last bits depend on what is fused.
+    """
+    options = {"xla_cpu_use_fusion_emitters": True} if version("jaxlib").startswith("0.10.") else {}
+    batch, layout = minibatch()
+    built = MeshConfig().build()
+    actor = replace(ACTOR, mesh=built)
+
+    def updated() -> tuple[Any, TokenTrace]:
+        plain = partial(
+            inspect.unwrap(actor_step), model=actor, loss=LOSSES["dppo"], optimizer=OPTIMIZER, temperature=0.9,
+            layout=layout, microbatch_rows=8, mesh=built,
+        )  # fmt: skip
+        run = jax.jit(plain, donate_argnums=0, compiler_options=options)
+        state, _, trace = run(init_state(actor, params(ACTOR), OPTIMIZER.build(), built), batch)
+        return state, trace
+
+    recorded, trace = updated()
+    assert trace.mask_BT.any()
+    monkeypatch.setattr("ppojax.update.actor.trace_tokens", lambda loss, stats, rows: TokenTrace(None, None))
+    alone, nothing = updated()
+    assert nothing == TokenTrace(None, None)
+    jax.tree.map(np.testing.assert_array_equal, recorded, alone)
 
 
 def cases(chosen: dict[str, tuple[str, ...]]) -> list[Any]:
@@ -96,7 +158,11 @@ def test_microbatches_and_shared_prompts_change_nothing(case: str, kind: str) ->
     microbatch_rows, share = MICROBATCHES[case]
     batch, layout = minibatch(share=share)
     assert (layout.group == 2) == share
-    assert_same(step(kind, batch, layout, microbatch_rows), kind)
+    got, want = step(kind, batch, layout, microbatch_rows), reference(kind)
+    assert_same(got, kind)
+    if got.trace is not None and want.trace is not None:
+        np.testing.assert_array_equal(got.trace.mask_BT, want.trace.mask_BT)
+        np.testing.assert_allclose(got.trace.ratio_BT, want.trace.ratio_BT, rtol=1e-5)
 
 
 MESHES = {

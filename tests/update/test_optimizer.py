@@ -59,7 +59,7 @@ def test_what_no_gradient_reaches_does_not_decay() -> None:
 
 
 def stepped(state: TrainState, batch: Batch, **settings: Any) -> tuple[TrainState, dict[str, float]]:
-    state, metrics = actor_step(
+    state, metrics, _ = actor_step(
         state, batch, model=ACTOR, loss=DPPO(), optimizer=OptimizerConfig(**settings), temperature=1.0, layout=Layout(),
         microbatch_rows=8, mesh=MESH,
     )  # fmt: skip

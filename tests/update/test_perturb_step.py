@@ -37,7 +37,7 @@ def moves(
     batch, layout = minibatch(mesh, share=True)
     model = replace(model, mesh=built)
     start = params(model) | ({} if perturb is None else {NAME: perturb.start(model.spec)})
-    state, metrics = actor_step(
+    state, metrics, _ = actor_step(
         init_state(model, start, config.build_optimizer(), built), batch, model=model, loss=DPPO(), optimizer=optimizer,
         temperature=1.0, layout=layout, microbatch_rows=rows, mesh=built, perturb=perturb,
         noise_key=None if perturb is None else jax.random.key(key),

@@ -108,6 +108,8 @@ def test_every_class_has_its_colour() -> None:
         ("mask", {"advantage": 0.0}, 2),
         ("mask", {"trained": False}, 2),
         ("mask", {"held": True}, 3),
+        ("mask", {"held": True, "advantage": 0.0}, 2),
+        ("mask", {"held": True, "trained": False}, 2),
         ("mask", {"action": False, "trained": False}, 0),
     ],
 )
