@@ -12,15 +12,22 @@ from ppojax.advantages.chain import score_of_episodes, written_in_episodes
 from ppojax.types import Advantage, Batch, Experience, Recorded
 
 
-def make_batch(experience: Experience, *, estimator: AdvantageEstimator, entropy_scale: float | None = None) -> Batch:
+def make_batch(
+    experience: Experience,
+    *,
+    estimator: AdvantageEstimator,
+    earned_BT: jax.Array | None = None,
+    entropy_scale: float | None = None,
+) -> Batch:
     """Estimate advantages, and returns where critics are trained.
 
     Args:
         experience: scored rows.
         estimator: of advantages.
+        earned_BT: rewards as the environment gave them, by which episodes are judged; None for those of the experience.
         entropy_scale: times the entropy bonus of every token; None for a bonus that stays as it is.
     """
-    out, score_B, written_B = _estimate(without_records(experience), estimator=estimator)
+    out, score_B, written_B = _estimate(without_records(experience), earned_BT, estimator=estimator)
     entropy_BT = None
     if entropy_scale is not None or out.explored_BT is not None:
         explored_BT = jnp.ones_like(experience.action_BT) if out.explored_BT is None else out.explored_BT
@@ -29,8 +36,11 @@ def make_batch(experience: Experience, *, estimator: AdvantageEstimator, entropy
 
 
 @partial(jax.jit, static_argnames=("estimator",))
-def _estimate(experience: Experience, *, estimator: AdvantageEstimator) -> tuple[Advantage, jax.Array, jax.Array]:
-    return estimator(experience), score_of_episodes(experience), written_in_episodes(experience)
+def _estimate(
+    experience: Experience, earned_BT: jax.Array | None, *, estimator: AdvantageEstimator
+) -> tuple[Advantage, jax.Array, jax.Array]:
+    judged = experience if earned_BT is None else experience._replace(reward_BT=earned_BT)
+    return estimator(experience), score_of_episodes(judged), written_in_episodes(experience)
 
 
 def without_records(experience: Experience) -> Experience:

@@ -85,6 +85,7 @@ class _Play:
         self.episodes: list[Episode] = []
         self.tasks: Sequence[Task] = ()
         self.prompts: dict[int, list[int]] = {}  # of each group
+        self.hints: dict[int, list[int] | None] = {}  # what only critics are shown of each
         self.ready: list[Episode] = []  # waiting for a slot
         how = {"smallest": collector.bucket, "share": collector.share_prompts}
         self.board = Board(params, self.sampler, collector.slots, **how)
@@ -119,6 +120,8 @@ class _Play:
             if not episode.token:
                 ids = self.prompts.get(episode.group, [self.collector.tokenizer.eos_ids[0]])
                 episode.write(ids, action=False)
+                hint = self.hints.get(episode.group)  # that rows of a group share
+                episode.hint = None if hint is None else np.array(hint, np.int32)
         errors = Counter(e.info["error"] for e in self.episodes if e.ending == Ending.ERROR)
         metrics = {f"error/{name}": float(count) for name, count in errors.items()}
         metrics["timing_s/gen"], metrics["timing_s/env_wait"] = seconds, self.workers.waited_s
@@ -175,7 +178,8 @@ class _Play:
         except Exception as error:  # an environment is user code: its failure ends its own episode only
             episode.fail(error)
             return
-        if self.prompts.setdefault(episode.group, ids) != ids:
+        hint = None if episode.hint is None else episode.hint.tolist()
+        if self.prompts.setdefault(episode.group, ids) != ids or self.hints.setdefault(episode.group, hint) != hint:
             raise DataError(
                 f"task {task.id}: its environment starts the episodes of a group differently: "
                 f"make reset depend on the task alone, or set rollout.group_size=1"
@@ -206,28 +210,36 @@ class _Play:
         elif step.fresh:
             del episode.messages[len(episode.messages) - len(new) :]
             self._restart(episode, suffix, new, Tail([], [], []))
-        elif compactor is not None and compactor.due(episode, tokens):
-            self._compact(compactor, episode, new, suffix)
-        elif tokens >= most:
-            episode.drop(new)
-        else:
-            self._write(episode, suffix)
-            self._begin_turn(episode)
+        elif compactor is None or not (
+            compactor.due(episode, tokens) and self._compact(compactor, episode, new, suffix)
+        ):
+            self._answer(episode, new, suffix)
 
-    def _compact(self, compactor: Compactor, episode: Episode, new: Messages, suffix: list[int]) -> None:
-        """Ask for a summary of the history, or replace it at once; an episode for which neither can be is truncated."""
+    def _answer(self, episode: Episode, new: Messages, suffix: list[int]) -> None:
+        """Write an answer and begin the next turn, if there is room for both."""
+        if len(episode.token) + len(suffix) >= self.sampler.positions:
+            episode.drop(new)
+            return
+        self._write(episode, suffix)
+        self._begin_turn(episode)
+
+    def _compact(self, compactor: Compactor, episode: Episode, new: Messages, suffix: list[int]) -> bool:
+        """Ask for a summary of the history, or replace it at once; say whether either could be.
+
+        Where not, the row is the episode's last one.
+        """
         tail = compactor.tail(episode, suffix)
-        if tail is None:
-            episode.ending = Ending.TRUNCATED
+        asked = [] if tail is None or not compactor.request else compactor.ask(episode, new, tail)
+        if tail is None or asked is None:
+            episode.last = True
         elif not compactor.request:
             del episode.messages[len(episode.messages) - len(new) :]  # the answer is read in the next row
             self._go_on(compactor, episode, tail, "")
-        elif (asked := compactor.ask(episode, new, tail)) is None:
-            episode.ending = Ending.TRUNCATED
         else:
             self._write(episode, asked)
             episode.messages, episode.tail = [*episode.messages, *compactor.request], tail
             self._begin_turn(episode, tokens=compactor.settings.written)
+        return not episode.last
 
     def _go_on(self, compactor: Compactor, episode: Episode, tail: Tail, summary: str) -> None:
         """Go on in a new row."""
@@ -242,7 +254,7 @@ class _Play:
 
     def _restart(self, episode: Episode, prompt: list[int], messages: Messages, tail: Tail) -> None:
         """Cut the row and begin another one, if it has room for a turn."""
-        if len(prompt) + len(tail.token) >= self.sampler.positions:
+        if self._left(episode) <= 0 or len(prompt) + len(tail.token) >= self.sampler.positions:
             episode.ending = Ending.TRUNCATED
             return
         self.board.keep_experts_of(episode)

@@ -75,8 +75,13 @@ class Compactor:
             )
 
     def allowed(self, episode: Episode) -> bool:
-        """Whether the episode may still be cut."""
-        return episode.segment < self.settings.most
+        """Whether the row may be cut: not too often, and not where its start leaves no room for a turn and a summary.
+
+        Such a row ends as the last one of an episode does, with turns of their full length.
+        """
+        started = episode.action.index(True) if True in episode.action else len(episode.token)
+        roomy = started + self.turn_tokens + self.reserve <= self.positions
+        return episode.segment < self.settings.most and roomy and not episode.last
 
     def turn_limit(self, episode: Episode) -> int:
         """Tokens that the episode's next turn may take."""

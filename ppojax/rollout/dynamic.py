@@ -56,5 +56,5 @@ def _together(parts: Sequence[dict[str, float]]) -> dict[str, float]:
     out = {}
     for name in names:
         values = [part[name] for part in parts if name in part]
-        out[name] = sum(values) if name.startswith(("error/", "timing_s/")) else sum(values) / len(values)
+        out[name] = sum(values) if name.startswith(("error/", "data/", "timing_s/")) else sum(values) / len(values)
     return out

@@ -82,6 +82,7 @@ class Episode:
     rows_before: list[Row] = field(default_factory=list)
     reset: Reset | None = None  # how it started
     hint: np.ndarray | None = None  # what only the critics are shown
+    last: bool = False  # this row cannot be cut any more
     tail: Tail | None = None  # the policy is writing a summary: what stays beside it
 
     @property

@@ -15,7 +15,7 @@ from ppojax.advantages.chain import Chains
 from ppojax.config import Config
 from ppojax.errors import DataError
 from ppojax.experience.batch import make_batch
-from ppojax.experience.pack import pack
+from ppojax.experience.pack import bucketed, pack
 from ppojax.experience.score import Scorers, score
 from ppojax.experience.summary import to_go
 from ppojax.models.critic_files import write_critic
@@ -173,7 +173,7 @@ class _Fit:
         config, settings = self._config, self._config.rollout
         experience = pack(
             rows,
-            batch=settings.rows,
+            batch=bucketed(len(rows), settings.rows, steps=2),
             bucket=settings.bucket,
             actions=config.env.max_turns * settings.max_turn_tokens + settings.written,
             mesh=self._mesh,
@@ -190,16 +190,19 @@ class _Fit:
 
 
 def _split(episodes: list[Episode], share: float, seed: int) -> tuple[list[Episode], list[Episode]]:
-    """Hold out a share of the prompts."""
-    groups = sorted({rows[0].group for rows in episodes})
-    count = max(round(share * len(groups)), 1)
-    if count >= len(groups):
-        raise DataError(f"{len(groups)} prompts are stored, too few to fit a critic and to look at it on others")
-    kept = set(np.random.default_rng((seed, 1)).permutation(groups)[:count].tolist())
-    return (
-        [rows for rows in episodes if rows[0].group not in kept],
-        [rows for rows in episodes if rows[0].group in kept],
-    )
+    """Hold out a share of the prompts, each with all the episodes that were ever played of it."""
+    prompts = sorted({_prompt(rows) for rows in episodes})
+    count = max(round(share * len(prompts)), 1)
+    if count >= len(prompts):
+        raise DataError(f"{len(prompts)} prompts are stored, too few to fit a critic and to look at it on others")
+    order = np.random.default_rng((seed, 1)).permutation(len(prompts))
+    kept = {prompts[n] for n in order[:count]}
+    return [e for e in episodes if _prompt(e) not in kept], [e for e in episodes if _prompt(e) in kept]
+
+
+def _prompt(rows: Episode) -> tuple[int, ...]:
+    first = rows[0]
+    return tuple(first.token[: int(first.action.argmax())].tolist())
 
 
 def _finite(explained: Explained) -> dict[str, float | list[float | None] | None]:

@@ -101,8 +101,9 @@ class Trainer:
         rows, layout, experience = self._pack(rollout)
         with meter.timed("values"):
             experience = jax.block_until_ready(self._score(experience, layout))
+        earned_BT, scale = experience.reward_BT, self.controls.entropy_scale
         experience, metrics = self.controls.penalize(experience)
-        batch = make_batch(experience, estimator=config.advantage, entropy_scale=self.controls.entropy_scale)
+        batch = make_batch(experience, estimator=config.advantage, earned_BT=earned_BT, entropy_scale=scale)
         metrics |= rollout_metrics(rollout.rows) | rollout.metrics | advantage_metrics(batch, config.advantage.gamma)
         if states.critic is not None:
             with meter.timed("update_critic"):

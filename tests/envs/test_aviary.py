@@ -132,9 +132,7 @@ def test_splits(path: str) -> None:
 
 def test_without_the_package(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "aviary.core", None)
-    with pytest.raises(
-        ConfigError, match=r"fhaviary cannot be imported .*: pip install 'ppojax\[aviary\]'"
-    ):
+    with pytest.raises(ConfigError, match=r"fhaviary cannot be imported .*: pip install 'ppojax\[aviary\]'"):
         Aviary(dataset="x:y").tasks("train", 0)
 
 

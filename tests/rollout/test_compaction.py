@@ -159,6 +159,26 @@ def test_an_episode_may_write_so_many_tokens() -> None:
     np.testing.assert_array_equal(part[0].token, whole[0].token)
 
 
+def test_a_summary_that_writes_the_last_tokens_ends_its_episode() -> None:
+    """Nothing is left for a turn behind it."""
+    collector = compacting(summarizing(), positions=52, group_size=1)
+    row = collector(random_policy(), [TASK], KEY).rows[0]
+    assert row.ending == Ending.CUT
+    written = int(row.action.sum())
+    rows = replace(collector, episode_tokens=written)(random_policy(), [TASK], KEY).rows
+    assert [r.ending for r in rows] == [Ending.TRUNCATED] and int(rows[0].action.sum()) == written
+
+
+def test_a_row_without_room_for_a_turn_and_a_summary_is_a_last_one() -> None:
+    """Its turns have their full length, as without compaction."""
+    plain = collector_of(group_size=1, positions=52)(random_policy(), [TASK], KEY).rows
+    for tokens in (30, 38):  # room for a turn and a summary, but not for an answer too; not even for these
+        settings = summarizing(max_tokens=tokens, keep_turns=0)
+        rows = compacting(settings, positions=52, group_size=1)(random_policy(), [TASK], KEY).rows
+        assert len(rows) == 1 and rows[0].ending == Ending.TRUNCATED
+        np.testing.assert_array_equal(rows[0].token, plain[0].token)
+
+
 def test_an_answer_without_room_is_read_in_the_next_row() -> None:
     """It is in no row twice: the first asks for a summary without it."""
     task = scripted_task("1?", ("0", 0.0), ("b" * 30, 0.5), ("done", 1.0))

@@ -128,9 +128,7 @@ def test_rollouts_that_fail_or_are_cut(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_without_the_package(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "verifiers.v1", None)
-    with pytest.raises(
-        ConfigError, match=r"verifiers cannot be imported .*: pip install 'ppojax\[verifiers\]'"
-    ):
+    with pytest.raises(ConfigError, match=r"verifiers cannot be imported .*: pip install 'ppojax\[verifiers\]'"):
         Verifiers(taskset="x", tokenizer="y").tasks("train", 0)
 
 

@@ -88,8 +88,10 @@ def test_exact_sampling() -> None:
         action_BT = np.asarray(e.action_BT)
         assert e.token_BT.shape[1] == 64 and e.logp_old_BT is not None
         np.testing.assert_array_equal(np.asarray(e.logp_old_BT)[action_BT], np.asarray(e.logp_behavior_BT)[action_BT])
-        # The update keeps what its backward pass needs, and is another program: single roundings of logits.
-        ulp = np.spacing(np.float32(largest(policy, e, model=trainer.parts.actor)))
+        # The update keeps what its backward pass needs, and is another program: single roundings of logits, of their
+        # log-sum-exp, and of the difference of the two, none of which is larger than the largest number among them.
+        logp = float(np.abs(np.asarray(e.logp_behavior_BT)[action_BT]).max())
+        ulp = np.spacing(np.float32(max(float(largest(policy, e, model=trainer.parts.actor)), logp)))
         assert out.metrics["sampling/logp_diff_max"] <= 4 * ulp
         assert out.metrics["sampling/redrawn_frac"] < 0.01
 
