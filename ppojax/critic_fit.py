@@ -61,7 +61,7 @@ def main(settings: CriticFitConfig, flags: Flags) -> int:
         out,
         checkpoint=None if settings.checkpoint == "latest" else settings.checkpoint,
         passes=settings.passes,
-        held_out=settings.held_out,
+        share=settings.held_out,
         seed=settings.seed,
     )
     console.print(_table(fitted))

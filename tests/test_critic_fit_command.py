@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import jax
@@ -18,7 +20,8 @@ from ppojax.runtime.checkpoint import Checkpoints
 from ppojax.runtime.rundir import RunDir
 from ppojax.runtime.transcripts import read_rows, write_transcripts
 from ppojax.trainer import Trainer
-from ppojax.trainer.fitting import stored_episodes
+from ppojax.trainer.fitting import held_out, stored_episodes
+from ppojax.types import Ending
 from tiny_config import TINY, tiny
 
 
@@ -84,6 +87,26 @@ def test_a_run_starts_with_what_was_fitted(run: RunDir, tmp_path: Path, capsys: 
     assert len(jax.tree.leaves(fitted.states.critic.params)) == 12
     with pytest.raises(Exception, match=r"its head is LinearHead.*critic\.head is ArctanHead"):
         taking(out, "critic.head.type=arctan")
+
+
+def test_prompts_are_held_out_with_all_their_episodes(run: RunDir) -> None:
+    """A prompt that comes again in another step is no other prompt."""
+    found = stored_episodes(run)
+    twice = [*found, *([replace(row, group=row.group + 100) for row in rows] for rows in found)]
+    train, kept = held_out(twice, 0.3, 0)
+    seen = [{tuple(rows[0].token[: int(rows[0].action.argmax())].tolist()) for rows in part} for part in (train, kept)]
+    assert not seen[0] & seen[1] and len(train) + len(kept) == len(twice) and kept
+
+
+def test_an_episode_may_have_more_rows_than_a_step(run: RunDir, trainer: Trainer, tmp_path: Path) -> None:
+    longer = RunDir(tmp_path / "longer")
+    shutil.copytree(run.path, longer.path)
+    rows = read_rows(run.transcript(1))
+    chain = [
+        replace(rows[n % 8], episode=0, segment=n, ending=Ending.CUT if n < 9 else Ending.TERMINATED) for n in range(10)
+    ]
+    write_transcripts(longer.transcript(4), chain, trainer.parts.tokenizer.decode)
+    assert command(f"run={longer.path}", f"out={tmp_path}/out", "passes=1") == 0
 
 
 def test_bad_input(run: RunDir, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -229,17 +229,19 @@ class _Play:
         Where not, the row is the episode's last one.
         """
         tail = compactor.tail(episode, suffix)
-        asked = [] if tail is None or not compactor.request else compactor.ask(episode, new, tail)
+        asked = None if tail is None else compactor.ask(episode, new, tail)
         if tail is None or asked is None:
             episode.last = True
-        elif not compactor.request:
-            del episode.messages[len(episode.messages) - len(new) :]  # the answer is read in the next row
+            return False
+        # What the environment answered is said again with what is asked, or read in the next row.
+        episode.messages = [*episode.messages[: len(episode.messages) - len(new)], *asked.messages]
+        if not compactor.request:
             self._go_on(compactor, episode, tail, "")
-        else:
-            self._write(episode, asked)
-            episode.messages, episode.tail = [*episode.messages, *compactor.request], tail
-            self._begin_turn(episode, tokens=compactor.settings.written)
-        return not episode.last
+            return True
+        self._write(episode, asked.token)
+        episode.tail = tail
+        self._begin_turn(episode, tokens=compactor.settings.written)
+        return True
 
     def _go_on(self, compactor: Compactor, episode: Episode, tail: Tail, summary: str) -> None:
         """Go on in a new row."""

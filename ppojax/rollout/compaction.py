@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cached_property
+from typing import NamedTuple
 
 from ppojax.envs import Reset
 from ppojax.errors import ConfigError
@@ -20,6 +21,13 @@ from ppojax.rollout.settings import Summarize, Truncate
 from ppojax.types import Messages
 
 THOUGHT_ENDS = "</think>"
+
+
+class Asked(NamedTuple):
+    """What is written in a row before a summary."""
+
+    token: list[int]
+    messages: Messages  # that the tokens say
 
 
 @dataclass(frozen=True)
@@ -108,18 +116,20 @@ class Compactor:
         moved = [Turn(turn.token - first.token, turn.message - first.message) for turn in turns]
         return Tail([*episode.token[first.token :], *suffix], episode.messages[first.message :], moved)
 
-    def ask(self, episode: Episode, new: Messages, tail: Tail) -> list[int] | None:
-        """The tokens that ask for a summary, behind the answer `new`.
+    def ask(self, episode: Episode, new: Messages, tail: Tail) -> Asked | None:
+        """What asks for a summary, behind the answer `new`; nothing where none is written.
 
         An answer that has no room in this row is read in the next one, if it stays there; None where it would be lost.
         """
+        if not self.request:
+            return Asked([], [])
         ended = episode.token[-1] in self.tokenizer.eos_ids
         room = self.positions - len(episode.token) - self.settings.written
-        ids = self.tokenizer.suffix([*new, *self.request], ended=ended)
-        if len(ids) <= room:
-            return ids
-        ids = self.tokenizer.suffix(self.request, ended=ended)
-        return ids if tail.turns and len(ids) <= room else None
+        for before in [new, []] if tail.turns else [new]:
+            ids = self.tokenizer.suffix([*before, *self.request], ended=ended)
+            if len(ids) <= room:
+                return Asked(ids, [*before, *self.request])
+        return None
 
     def prompt(self, reset: Reset, summary: str) -> Messages:
         """How the next row begins: the episode's own prompt, with the summary at the end of its last message."""

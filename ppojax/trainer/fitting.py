@@ -58,7 +58,7 @@ def fit_run(
     *,
     checkpoint: int | None,
     passes: int,
-    held_out: float,
+    share: float,
     seed: int,
     told: Callable[[int, int, float], None] = lambda done, total, loss: None,
 ) -> Fitted:
@@ -71,7 +71,7 @@ def fit_run(
         out: the folder to write.
         checkpoint: step of the policy that a critic may be cut from; None for the newest.
         passes: over the rollouts.
-        held_out: share of the prompts that is only looked at.
+        share: of the prompts that is only looked at.
         seed: of who is held out, and of the order.
         told: is called after each step with its number, how many there are, and the loss.
 
@@ -79,7 +79,7 @@ def fit_run(
         DataError: there is no checkpoint, there are no rollouts, or too few.
         ConfigError, CannotWriteError: as `write_critic`.
     """
-    train, kept = _split(stored_episodes(run), held_out, seed)
+    train, kept = held_out(stored_episodes(run), share, seed)
     trainer = restored(played, run, checkpoint)
     actor = Loaded(trainer.parts.actor, trainer.policy(), trainer.parts.tokenizer)
     fit = _Fit(config, actor, trainer.parts.mesh)
@@ -189,7 +189,7 @@ class _Fit:
         )
 
 
-def _split(episodes: list[Episode], share: float, seed: int) -> tuple[list[Episode], list[Episode]]:
+def held_out(episodes: list[Episode], share: float, seed: int) -> tuple[list[Episode], list[Episode]]:
     """Hold out a share of the prompts, each with all the episodes that were ever played of it."""
     prompts = sorted({_prompt(rows) for rows in episodes})
     count = max(round(share * len(prompts)), 1)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import NamedTuple
 
 import jax
@@ -264,6 +265,8 @@ class Odd(ScriptedEnv):
         Odd.made += 1
         if task.data["prompt"] == "dead" or (task.data["prompt"] == "fade" and Odd.made % 2):
             raise OSError
+        if task.data["prompt"] == "tell":
+            return Reset([{"role": "user", "content": "1"}], privileged=str(Odd.made))
         if task.data["prompt"] == "vary":
             return Reset([{"role": "user", "content": str(Odd.made)}])
         return super().reset(task)
@@ -286,6 +289,20 @@ def test_a_reset_that_fails_ends_its_own_episode_only(monkeypatch: pytest.Monkey
     both = Task("both", {"prompt": "dead", "turns": (("done", 1.0),)})
     rows = collector(random_policy(), [both, TASKS[2]], KEY).rows
     assert [row.ending for row in rows] == [Ending.ERROR] * 2 + [Ending.TRUNCATED] * 2
+
+
+def test_failed_episodes_have_the_hint_of_their_group(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rows of a group share their prompt, and the critics' hint before it; so hints have to agree, too."""
+    collector = replace(odd_collector(monkeypatch), hint_tokens=4)
+    reset = Odd.reset
+    monkeypatch.setattr(Odd, "reset", lambda self, task: replace(reset(self, task), privileged="12"))
+    failing = Task("fail", {"prompt": "fade", "turns": (("done", 1.0),)})
+    rows = collector(random_policy(), [failing], KEY).rows
+    assert [row.ending for row in rows] == [Ending.ERROR, Ending.TERMINATED]
+    assert all(row.hint is not None and row.hint.tolist() == TOKENIZER.encode("12") for row in rows)
+    monkeypatch.setattr(Odd, "reset", reset)
+    with pytest.raises(DataError, match="starts the episodes of a group differently"):
+        collector(random_policy(), [Task("tell", {"prompt": "tell", "turns": (("done", 1.0),)})], KEY)
 
 
 def test_prompts_of_a_group_must_agree(monkeypatch: pytest.MonkeyPatch) -> None:

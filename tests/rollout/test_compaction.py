@@ -184,6 +184,8 @@ def test_an_answer_without_room_is_read_in_the_next_row() -> None:
     task = scripted_task("1?", ("0", 0.0), ("b" * 30, 0.5), ("done", 1.0))
     rows = compacting(summarizing(), positions=52, group_size=1)(speaker("a"), [task], KEY).rows
     assert [row.ending for row in rows] == [Ending.CUT, Ending.TERMINATED]
+    assert [m["content"] for m in rows[0].messages] == ["1?", "a", "0", "a", "0?", "a"]
+    assert [m["content"] for m in rows[1].messages] == ["1? < a", "a", "b" * 30, "a"]
     long = TOKENIZER.encode("b" * 30)
     assert ["".join(map(chr, row.token.tolist())).count("".join(map(chr, long))) for row in rows] == [0, 1]
 

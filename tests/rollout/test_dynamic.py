@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 
 import numpy as np
 import pytest
@@ -11,7 +12,9 @@ from ppojax.rollout.dynamic import choose, count_varied
 from ppojax.types import Ending, Rollout, Row
 
 
-def rollout_of(groups: Sequence[Sequence[float]], segments: int = 1, **metrics: float) -> Rollout:
+def rollout_of(
+    groups: Sequence[Sequence[float]], segments: int = 1, metrics: Mapping[str, float] = MappingProxyType({})
+) -> Rollout:
     """Episodes that earn so much, each in so many rows, all of it in the last one."""
     rows, number = [], 0
     for g, earned in enumerate(groups):
@@ -22,12 +25,18 @@ def rollout_of(groups: Sequence[Sequence[float]], segments: int = 1, **metrics: 
                 ending = Ending.ERROR if np.isnan(reward) else Ending.TERMINATED
                 rows.append(Row(mark, np.asarray([False, True]), paid, np.nan_to_num(paid), g, number, s, ending))
             number += 1
-    return Rollout(tuple(rows), metrics)
+    return Rollout(tuple(rows), dict(metrics))
 
 
 def test_groups_that_differ_come_first() -> None:
-    first = rollout_of([[0, 0], [0, 1], [1, 1]], **{"error/OSError": 1.0, "timing_s/gen": 2.0, "perf/slot_use": 0.5})
-    second = rollout_of([[1, 0], [0, 0], [0.5, 1]], **{"error/OSError": 2.0, "timing_s/gen": 3.0, "perf/slot_use": 1.0})
+    first = rollout_of(
+        [[0, 0], [0, 1], [1, 1]],
+        metrics={"error/OSError": 1.0, "timing_s/gen": 2.0, "perf/slot_use": 0.5, "data/prompts_cut": 1.0},
+    )
+    second = rollout_of(
+        [[1, 0], [0, 0], [0.5, 1]],
+        metrics={"error/OSError": 2.0, "timing_s/gen": 3.0, "perf/slot_use": 1.0, "data/prompts_cut": 2.0},
+    )
     assert (count_varied([first]), count_varied([first, second])) == (1, 3)
     got = choose([first, second], 3)
     assert [row.token[0] for row in got.rows] == [1, 1, 0, 0, 2, 2]
@@ -35,6 +44,7 @@ def test_groups_that_differ_come_first() -> None:
     assert [row.episode for row in got.rows] == list(range(6))
     assert got.metrics == {
         "error/OSError": 3.0,
+        "data/prompts_cut": 3.0,
         "timing_s/gen": 5.0,
         "perf/slot_use": 0.75,
         "dynamic/rounds": 2.0,
