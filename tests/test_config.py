@@ -203,14 +203,15 @@ CONTRADICTIONS = [
         (*BASE, "rollout.mismatch.logit_noise=0.1", "rollout.record_hidden=true"),
         "rollout.mismatch.logit_noise=0.1 (command line), rollout.record_hidden=true (command line): hidden states do "
         "not tell the noise on the logits, and the policy would be compared with another one; set "
-        "rollout.mismatch.logit_noise=0, or leave hidden states out (rollout.record_hidden=false, and with dppo "
-        "loss.support=binary or topk and loss.compare_supports=false)",
+        "rollout.mismatch.logit_noise=0 (they have rollout.mismatch.hidden_noise), or leave them out "
+        "(rollout.record_hidden=false, and with dppo loss.support=binary or topk and loss.compare_supports=false)",
     ),
     (
         (*BASE, "rollout.mismatch.logit_noise=0.1", "loss.support=full"),
         "rollout.mismatch.logit_noise=0.1 (command line), loss.support=full (command line), "
         "loss.compare_supports=false (default): hidden states do not tell the noise on the logits, and the policy "
-        "would be compared with another one; set rollout.mismatch.logit_noise=0, or leave hidden states out "
+        "would be compared with another one; set rollout.mismatch.logit_noise=0 (they have "
+        "rollout.mismatch.hidden_noise), or leave them out "
         "(rollout.record_hidden=false, and with dppo loss.support=binary or topk and loss.compare_supports=false)",
     ),
     (

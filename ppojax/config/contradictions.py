@@ -249,8 +249,8 @@ def _records(config: Config) -> Iterator[Contradiction]:
         yield Contradiction(
             ("rollout.mismatch.logit_noise", *asked),
             "hidden states do not tell the noise on the logits, and the policy would be compared with another one",
-            "set rollout.mismatch.logit_noise=0, or leave hidden states out (rollout.record_hidden=false, and with "
-            "dppo loss.support=binary or topk and loss.compare_supports=false)",
+            "set rollout.mismatch.logit_noise=0 (they have rollout.mismatch.hidden_noise), or leave them out "
+            "(rollout.record_hidden=false, and with dppo loss.support=binary or topk and loss.compare_supports=false)",
         )
 
 

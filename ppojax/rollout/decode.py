@@ -15,7 +15,7 @@ import numpy as np
 from ppojax.mesh import sharding
 from ppojax.models.forward import Params, head_VD, hidden_states, logits
 from ppojax.rollout.draw import cut, greedy_choice, record, sample, uniforms
-from ppojax.rollout.mismatch import noisy
+from ppojax.rollout.mismatch import noisy, noisy_hidden
 from ppojax.rollout.sampler import SamplerDef, Slots, append, pin, record_shapes
 from ppojax.rollout.stop import START
 from ppojax.types import Recorded
@@ -61,7 +61,10 @@ def decode(
 
     def step(carry: tuple) -> tuple:
         n, left_B, slots, out = carry
-        logits_BV = logits(sampler.model, head, slots.hidden_BD)
+        hidden_BD = slots.hidden_BD
+        if sampler.hidden_noise:
+            hidden_BD = noisy_hidden(hidden_BD, key_B, slots.length_B, sampler.hidden_noise)
+        logits_BV = logits(sampler.model, head, hidden_BD)
         if sampler.logit_noise:
             logits_BV = noisy(logits_BV, key_B, slots.length_B, sampler.logit_noise)
         logits_BV = logits_BV / sampler.temperature
@@ -70,7 +73,7 @@ def decode(
             token_B, logp_B = greedy_choice(logits_BV)
         else:
             token_B, logp_B = sample(cut(logits_BV, sampler.cuts), uniform_B)
-        new = record(sampler.records, logits_BV, slots.hidden_BD, token_B, logp_B)
+        new = record(sampler.records, logits_BV, hidden_BD, token_B, logp_B)
         read = hidden_states(sampler.model, params, token_B[:, None], slots.length_B[:, None], slots.cache)
         wrote_B = out.live_B.astype(jnp.int32)
         slots, left_B = append(slots, read, wrote_B, slot_B, sampler), left_B - wrote_B

@@ -24,6 +24,12 @@ class Mismatch(Component):
         description="standard deviation of Gaussian noise on the sampler's logits, anew at each token; tokens are "
         "drawn from the noisy distribution, and their log-probabilities are recorded under it",
     )
+    hidden_noise: float = Field(
+        default=0.0,
+        ge=0,
+        description="standard deviation of Gaussian noise on the sampler's last hidden states, in units of their root "
+        "mean square, anew at each token; what is recorded has it, so that the whole distribution is known",
+    )
     cache: Literal["int8"] | None = Field(
         default=None,
         description="int8: keys and values are rounded to 8 bits, with a scale for each head and position, as they are "
@@ -37,14 +43,21 @@ class Mismatch(Component):
     )
 
 
-def noisy(logits_BV: jax.Array, key_B: jax.Array, position_B: jax.Array, deviation: float | jax.Array) -> jax.Array:
+def noisy(x_BV: jax.Array, key_B: jax.Array, position_B: jax.Array, deviation: float | jax.Array) -> jax.Array:
     """Add Gaussian noise of this standard deviation, a function of the episode's key and the position only."""
 
     def noise(key: jax.Array, position: jax.Array) -> jax.Array:
         # The draw itself takes the key of the position; this is another one.
-        return jax.random.normal(jax.random.fold_in(jax.random.fold_in(key, position), 1), logits_BV.shape[1:])
+        return jax.random.normal(jax.random.fold_in(jax.random.fold_in(key, position), 1), x_BV.shape[1:])
 
-    return logits_BV + deviation * jax.vmap(noise)(key_B, position_B)
+    return x_BV + deviation * jax.vmap(noise)(key_B, position_B)
+
+
+def noisy_hidden(hidden_BD: jax.Array, key_B: jax.Array, position_B: jax.Array, share: float) -> jax.Array:
+    """Add noise of `share` times each row's root mean square to hidden states; the result has their type."""
+    x_BD = hidden_BD.astype("float32")
+    rms_B1 = jnp.sqrt(jnp.mean(jnp.square(x_BD), axis=-1, keepdims=True))
+    return (x_BD + rms_B1 * noisy(jnp.zeros_like(x_BD), key_B, position_B, share)).astype(hidden_BD.dtype)
 
 
 def int8_rounded(x: jax.Array) -> jax.Array:

@@ -53,7 +53,8 @@ class SamplerDef:
     greedy: bool = False
     record_experts: bool = False
     records: Records = NO_RECORDS  # what is kept of the distribution that each token was drawn from
-    logit_noise: float = 0.0  # see `ppojax.rollout.mismatch`, also for the next
+    logit_noise: float = 0.0  # see `ppojax.rollout.mismatch`, also for the next two
+    hidden_noise: float = 0.0
     int8_cache: bool = False
 
 

@@ -158,6 +158,7 @@ def make_collector(config: Config, model: ModelDef, tokenizer: Tokenizer, mesh: 
         record_experts=rollout.record_experts and model.spec.moe is not None,
         records=config.records,
         logit_noise=rollout.mismatch.logit_noise,
+        hidden_noise=rollout.mismatch.hidden_noise,
         int8_cache=rollout.mismatch.cache == "int8",
     )
     table = stop_table(tokenizer.token_bytes(), config.env.stop, tokenizer.eos_ids)
@@ -207,7 +208,7 @@ def _compactor(config: Config, tokenizer: Tokenizer, sampler: SamplerDef) -> Com
 
 def plain(collector: Collector) -> Collector:
     """The same episodes by decoding alone, without injected gaps, and nothing kept of them that only training reads."""
-    off = {"record_experts": False, "records": NO_RECORDS, "logit_noise": 0.0, "int8_cache": False}
+    off = {"record_experts": False, "records": NO_RECORDS, "logit_noise": 0.0, "hidden_noise": 0.0, "int8_cache": False}
     return replace(collector, sampler=replace(collector.sampler, **off), judge=None)
 
 

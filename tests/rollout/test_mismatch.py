@@ -11,7 +11,7 @@ import pytest
 
 from ppojax.rollout.collect import Collector
 from ppojax.rollout.draw import sample
-from ppojax.rollout.mismatch import INT8_MAX, int8_rounded, noisy
+from ppojax.rollout.mismatch import INT8_MAX, int8_rounded, noisy, noisy_hidden
 from ppojax.trainer.build import greedy, plain
 from ppojax.types import Row
 from tiny_model import MODEL, collector_of, random_policy, scripted_task
@@ -35,6 +35,16 @@ def test_noise_is_of_the_episode_and_the_position() -> None:
     assert len(np.unique(noise_BV)) > 2390  # other rows and places have other noise
     # The draw at a position is of another key.
     assert not np.any(noise_BV == np.asarray(jax.random.normal(jax.random.fold_in(key_B[0], 3), (600,))) * 0.5)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_noise_on_hidden_states_is_a_share_of_each(dtype: str) -> None:
+    hidden_BD = jnp.asarray(np.random.default_rng(0).normal(size=(3, 2000)) * [[1e-2], [1.0], [30.0]], dtype)
+    got = noisy_hidden(hidden_BD, jax.random.split(KEY, 3), jnp.arange(3), 0.3)
+    assert got.dtype == dtype
+    clean_BD, noise_BD = (np.asarray(x.astype(jnp.float32)) for x in (hidden_BD, got - hidden_BD))
+    share_B = noise_BD.std(1) / np.sqrt(np.square(clean_BD).mean(1))
+    np.testing.assert_allclose(share_B, 0.3, rtol=4 / 4000**0.5)  # 4 standard errors
 
 
 def test_the_gap_grows_with_the_noise() -> None:
@@ -97,7 +107,7 @@ def test_an_int8_cache_shifts_what_is_read_from_it() -> None:
 
 
 def test_evaluation_has_no_injected_gap() -> None:
-    collector = collector_of(logit_noise=1.0, int8_cache=True)
+    collector = collector_of(logit_noise=1.0, hidden_noise=1.0, int8_cache=True)
     for clean in (plain(collector), greedy(collector)):
-        assert clean.sampler.logit_noise == 0 and not clean.sampler.int8_cache
+        assert clean.sampler.logit_noise == clean.sampler.hidden_noise == 0 and not clean.sampler.int8_cache
     assert plain(collector).sampler == collector_of().sampler and collector.sampler.model == MODEL

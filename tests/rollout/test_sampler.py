@@ -116,11 +116,11 @@ def test_sampled_logps_are_those_of_the_full_forward(temperature: float) -> None
     np.testing.assert_allclose(slots.hidden_BD, last_BD, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("temperature", [1.0, 0.7])
-def test_what_is_recorded_is_the_distribution_that_was_drawn_from(temperature: float) -> None:
+@pytest.mark.parametrize(("temperature", "noise"), [(1.0, 0.0), (0.7, 0.5)])
+def test_what_is_recorded_is_the_distribution_that_was_drawn_from(temperature: float, noise: float) -> None:
     """The head of the recorded state gives every log-probability; the likeliest tokens come with theirs."""
-    sampler = sampler_of(temperature=temperature, records=Records(5, hidden=True))
-    plain = sampler_of(temperature=temperature)
+    sampler = sampler_of(temperature=temperature, hidden_noise=noise, records=Records(5, hidden=True))
+    plain = sampler_of(temperature=temperature, hidden_noise=noise)
     _, got = turn(start(PROMPTS, sampler), sampler)
     _, bare = turn(start(PROMPTS, plain), plain)
     assert got.token == bare.token and jax.tree.leaves(bare.recorded) == []
