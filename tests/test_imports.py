@@ -25,7 +25,7 @@ LINES = (
     ("update", "runtime"),
     ("config",),
     ("trainer", "cli", "viewer"),
-    ("reporting",),
+    ("reporting", "planning"),
     ("train", "critic_fit", "evaluate", "export", "report", "view"),
 )
 LEVEL = {name: level for level, names in enumerate(LINES) for name in names}
