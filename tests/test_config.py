@@ -305,6 +305,35 @@ CONTRADICTIONS = [
         "a distribution over bins is fitted by cross-entropy, which has no clip; set critic.loss.clip=null",
     ),
     (
+        (*BASE, "critic.head.type=arctan", "env.reward_answer=1"),
+        "critic.head.type=arctan (command line), critic.head.low=0.0 (default), critic.head.high=1.0 (default), "
+        "env.type=calculator (command line): episodes earn 0 to 1.5, which the head cannot say; set critic.head.low to "
+        "0 or less and critic.head.high to 1.5 or more",
+    ),
+    (
+        (
+            "model.path=smollm2",
+            *("env.type=tools", "env.functions=[a:b]", "env.path=a", "env.reward.exact.weight=1"),
+            "critic.head.type=hl_gauss",
+        ),
+        "critic.head.type=hl_gauss (command line), critic.head.low=-0.1 (default), critic.head.high=1.1 (default), "
+        "env.type=tools (command line): the head is bounded, and what an episode can earn is not known; set "
+        "critic.head.low and critic.head.high to the lowest and highest sum of rewards, or critic.head.type=linear",
+    ),
+    (
+        (*BASE, "critic.head.type=arctan", "kl_reward.coefficient=0.1"),
+        "critic.head.type=arctan (command line), critic.head.low=0.0 (default), critic.head.high=1.0 (default), "
+        "kl_reward={...} (command line), env.type=calculator (command line): the head is bounded, and what "
+        "an episode can earn is not known; set critic.head.low and critic.head.high to the lowest and highest sum of "
+        "rewards, or critic.head.type=linear",
+    ),
+    (
+        (*FRESH, "rollout.record_experts=true"),
+        "rollout.record_experts=true (command line), model.fresh.moe=null (default): a "
+        "dense model has no experts whose choice could be replayed; set rollout.record_experts=null, or "
+        "model.fresh.moe.experts",
+    ),
+    (
         (*BASE, "model.base_dtype=bfloat16"),
         "model.base_dtype=bfloat16 (command line), model.lora=null (default): weights that are trained are kept in "
         "float32; set model.lora.rank for adapters, or model.base_dtype=float32",

@@ -58,45 +58,62 @@ class Run:
 
 
 def play(runs: Sequence[Run], folder: Path, workers: int) -> list[dict[str, Any]]:
-    """Do the runs that `folder` has not yet, and read all of them; each worker has a core of its own."""
+    """Do the runs that `folder` has not yet, and read all of them.
+
+    Runs of a method and setting, which differ in the seed, share a process, and so what was compiled; each worker has
+    a core of its own.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     cores = sorted(os.sched_getaffinity(0))
     workers = min(workers, len(cores))
     free = list(cores[:workers])
+    todo = [run for run in runs if not (folder / run.name / "exit.json").is_file()]
     start, done = time.monotonic(), 0
 
-    def one(run: Run) -> dict[str, Any]:
+    def share(bundle: Sequence[Run]) -> None:
         nonlocal done
         core = free.pop()
         try:
-            code = _train(run, folder, core)
+            _train(bundle, folder, core)
         finally:
             free.append(core)
-        done += 1
-        left = (time.monotonic() - start) / done * (len(runs) - done)
-        print(f"{done}/{len(runs)} {run.name} exit {code}, {left / 60:.0f} min left", flush=True)
-        return _read(run, folder, code)
+        done += len(bundle)
+        left = (time.monotonic() - start) / done * (len(todo) - done)
+        print(f"{done}/{len(todo)} {bundle[0].method} {bundle[0].setting}, {left / 60:.0f} min left", flush=True)
 
+    bundles: dict[tuple[str, str], list[Run]] = {}
+    for run in todo:
+        bundles.setdefault((run.method, run.setting), []).append(run)
     with ThreadPoolExecutor(workers) as pool:
-        return list(pool.map(one, runs))
+        list(pool.map(share, bundles.values()))
+    return [_read(run, folder) for run in runs]
 
 
-def _train(run: Run, folder: Path, core: int) -> int:
-    out = folder / run.name
-    if (out / "exit.json").is_file():
-        return json.loads((out / "exit.json").read_text())["code"]
-    shutil.rmtree(out, ignore_errors=True)
-    command = [sys.executable, "-m", "ppojax.train", *run.arguments, f"seed={run.seed}"]
-    command += [f"run.dir={folder}", f"run.name={run.name}", "run.tensorboard=false", "checkpoint.every=0"]
-    command += [f"run.compilation_cache={folder / 'compiled'}"]
-    with (folder / f"{run.name}.log").open("w") as log:
-        done = subprocess.run(["taskset", "-c", str(core), *command], stdout=log, stderr=subprocess.STDOUT, check=False)
-    return done.returncode
+def _train(bundle: Sequence[Run], folder: Path, core: int) -> None:
+    here = ["taskset", "-c", str(core)] if shutil.which("taskset") else []
+    log = folder / f"{bundle[0].method}.{bundle[0].setting}.log"
+    asked = [[run.name, *run.arguments, f"seed={run.seed}"] for run in bundle]
+    command = [*here, sys.executable, __file__, str(folder)]
+    with log.open("w") as file:
+        subprocess.run(command, input=json.dumps(asked), text=True, stdout=file, stderr=subprocess.STDOUT, check=False)
 
 
-def _read(run: Run, folder: Path, code: int) -> dict[str, Any]:
-    """A run's metrics, step by step; a run that ended early has fewer."""
-    rows = []
+def _one_after_another(folder: Path) -> None:
+    """In a process of its own: the runs that stand in the input."""
+    from ppojax.cli import run_command
+    from ppojax.train import main
+
+    for name, *arguments in json.load(sys.stdin):
+        shutil.rmtree(folder / name, ignore_errors=True)
+        where = [f"run.dir={folder}", f"run.name={name}", f"run.compilation_cache={folder / 'compiled'}"]
+        code = run_command(main, [*arguments, *where, "run.tensorboard=false", "checkpoint.every=0"])
+        print(f"{name}: exit {code}", flush=True)
+
+
+def _read(run: Run, folder: Path) -> dict[str, Any]:
+    """A run's metrics, step by step; a run that ended early has fewer, and one that never began no exit code."""
+    rows, ended = [], folder / run.name / "exit.json"
+    code = json.loads(ended.read_text())["code"] if ended.is_file() else None
     path = folder / run.name / "metrics.jsonl"
     for line in path.read_text().splitlines() if path.is_file() else []:
         row = json.loads(line)
@@ -123,3 +140,7 @@ def _cpu() -> str:
         if line.startswith("model name"):
             return line.partition(":")[2].strip()
     return platform.processor()
+
+
+if __name__ == "__main__":
+    _one_after_another(Path(sys.argv[1]))

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from ppojax.advantages import GAE, Group
+from ppojax.config.bounds import bounds
 from ppojax.losses import DPPO
 from ppojax.losses.policy import PolicyLoss
 from ppojax.mesh import AXES, MeshConfig
@@ -98,6 +99,12 @@ def _model(config: Config) -> Iterator[Contradiction]:
                 "set model.tokenizer=char",
             )
         yield from _shape(config, model.fresh, "model.fresh")
+        if config.rollout.record_experts and model.fresh.moe is None:
+            yield Contradiction(
+                ("rollout.record_experts", "model.fresh.moe"),
+                "a dense model has no experts whose choice could be replayed",
+                "set rollout.record_experts=null, or model.fresh.moe.experts",
+            )
     elif model.tokenizer is not None:
         yield Contradiction(
             ("model.path", "model.tokenizer"),
@@ -311,6 +318,7 @@ def _critic(config: Config) -> Iterator[Contradiction]:
         yield from _shape(config, critic.model.shape, "critic.model.shape")
     yield from _ensemble(config)
     yield from _frozen(config)
+    yield from bounds(config)
     if isinstance(critic.head, HLGaussHead) and critic.loss.clip is not None:
         yield Contradiction(
             ("critic.head.type", "critic.loss.clip"),

@@ -114,6 +114,11 @@ class EnvSettings(Component):
         """Texts that end a turn."""
         return ()
 
+    @property
+    def reward_range(self) -> tuple[float, float] | None:
+        """The lowest and the highest sum of an episode's rewards; None where that is not known."""
+        return None
+
     def make(self) -> Env:
         """Make an environment for one episode."""
         raise NotImplementedError

@@ -102,6 +102,12 @@ class Calculator(EnvSettings):
         return self
 
     @property
+    def reward_range(self) -> tuple[float, float]:
+        """Each part is earned once at most."""
+        parts = (self.reward_call, self.reward_answer)
+        return sum(min(part, 0.0) for part in parts), sum(max(part, 0.0) for part in parts)
+
+    @property
     def stop(self) -> tuple[str, ...]:
         """Texts that end a turn."""
         return TOOL_FORMATS[self.tool_format].stop

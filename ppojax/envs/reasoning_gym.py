@@ -60,6 +60,11 @@ class ReasoningGym(EnvSettings):
         """One turn is an episode."""
         return 1
 
+    @property
+    def reward_range(self) -> tuple[float, float]:
+        """Scores are from 0 to 1."""
+        return min(self.reward_form, 0.0), 1.0 + max(self.reward_form, 0.0)
+
     def make(self) -> Env:
         """Make an environment for one episode."""
         return SingleTurn(self._prompt, self._grade)

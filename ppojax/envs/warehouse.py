@@ -84,6 +84,11 @@ class Warehouse(EnvSettings):
         return self.turns + self.spare_turns
 
     @property
+    def reward_range(self) -> tuple[float, float]:
+        """What a right episode earns, or nothing."""
+        return min(self.reward, 0.0), max(self.reward, 0.0)
+
+    @property
     def stop(self) -> tuple[str, ...]:
         """Texts that end a turn."""
         return () if self.tool_format == "words" else FAMILY_FORMATS[self.tool_format].stop

@@ -137,10 +137,10 @@ class RolloutConfig(Component):
         description="replace the history of a context that is full, and let the episode go on in another row; null: "
         "truncate the episode",
     )
-    record_experts: bool = Field(
-        default=True,
-        description="models with experts: keep which experts the sampler chose, and use them again when the policy is "
-        "trained (R3); costs 2 bytes a token, layer and chosen expert",
+    record_experts: bool | None = Field(
+        default=None,
+        description="keep which experts the sampler chose, and use them again when the policy is trained (R3); costs 2 "
+        "bytes a token, layer and chosen expert; null: where the model has experts",
     )
     record_hidden: bool = Field(
         default=False,

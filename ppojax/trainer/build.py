@@ -155,7 +155,7 @@ def make_collector(config: Config, model: ModelDef, tokenizer: Tokenizer, mesh: 
         rollout.segment,
         rollout.temperature,
         Cuts(rollout.top_k, rollout.top_p, rollout.min_p),
-        record_experts=rollout.record_experts and model.spec.moe is not None,
+        record_experts=_replayed(rollout.record_experts, model),
         records=config.records,
         logit_noise=rollout.mismatch.logit_noise,
         hidden_noise=rollout.mismatch.hidden_noise,
@@ -180,6 +180,14 @@ def make_collector(config: Config, model: ModelDef, tokenizer: Tokenizer, mesh: 
         judge=_judge(config, model),
         prompt_limit=PromptLimit(rollout.max_prompt_tokens, rollout.long_prompts),
     )
+
+
+def _replayed(asked: bool | None, model: ModelDef) -> bool:
+    if asked and model.spec.moe is None:
+        raise ConfigError(
+            "rollout.record_experts=true: this model has no experts to record; set rollout.record_experts=null"
+        )
+    return asked is not False and model.spec.moe is not None
 
 
 def _judge(config: Config, model: ModelDef) -> Judge | None:
