@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 from pydantic import Field
@@ -115,12 +114,3 @@ def shard_rows(tree: Any, mesh: jax.sharding.Mesh, axis: int = 0) -> Any:
         return jax.device_put(x, sharding(mesh, logical))
 
     return jax.tree.map(put, tree)
-
-
-def enable_compilation_cache(directory: str) -> None:
-    """Keep compiled programs across processes in `directory`, which only its owner may enter: it holds native code."""
-    folder = Path(directory).expanduser()
-    folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-    jax.config.update("jax_compilation_cache_dir", str(folder))
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
-    jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)

@@ -6,6 +6,7 @@ import os
 from importlib.metadata import version
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
+os.environ["JAX_ENABLE_COMPILATION_CACHE"] = "false"  # nothing is left in the user's folder
 os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
 # Most of the time of these tests is the compiler's, on programs that run once.
 os.environ["XLA_FLAGS"] += " --xla_backend_optimization_level=0"

@@ -43,6 +43,7 @@ def start(arguments: Sequence[str], cache: Path) -> subprocess.Popen[str]:
     env = os.environ | {
         "XLA_FLAGS": "",
         "TF_CPP_MIN_LOG_LEVEL": "3",  # XLA complains of its own slowness on a busy machine
+        "JAX_ENABLE_COMPILATION_CACHE": "true",
         "JAX_COMPILATION_CACHE_DIR": str(cache),
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.1",
     }

@@ -37,7 +37,10 @@ class RunConfig(Component):
         "CPU, and a larger process; without use where only accelerators compute",
     )
     compilation_cache: str | None = Field(
-        default=None, description="folder that keeps compiled programs for the next start; it holds native code"
+        default="auto",
+        min_length=1,
+        description="folder that keeps compiled programs for the next start, which are native code, so nobody else may "
+        "enter it; auto: ppojax/compiled in the user's cache folder; null: keep none",
     )
 
     @field_validator("name")

@@ -6,6 +6,7 @@ import math
 import struct
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -85,6 +86,12 @@ def read_header(path: Path | str) -> GGUFHeader:
     path = Path(path)
     if not path.is_file() or path.stat().st_size == 0:
         raise DataError(f"{path}: no such GGUF file, expected the path of a .gguf file; check model.path")
+    status = path.stat()
+    return _read_header(path, (status.st_mtime_ns, status.st_size, status.st_ino))
+
+
+@lru_cache(maxsize=1)  # the tokenizer reads it, too
+def _read_header(path: Path, stamp: tuple[int, ...]) -> GGUFHeader:
     data = np.memmap(path, np.uint8, "r")
     cursor = _Cursor(path, data)
     try:

@@ -11,7 +11,7 @@ import hashlib
 import json
 import re
 from collections.abc import Iterable, Sequence
-from functools import cached_property
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +33,7 @@ _CHAR_TEMPLATE = (
 )
 _BREAK = "\ue000"  # a private-use character, repeated more often than it occurs in the messages
 _DUMMY = "ppojax-assistant-turn"
+_KEPT, _KEPT_CHARS = 1024, 8192  # conversations whose ids are kept, and how long they may be as JSON
 _PROBE = "The 3 quick\n\n  foxes: caf\u00e9 \u4f60\u597d \U0001f98a <calc>12+34</calc>\t{}"
 
 
@@ -79,6 +80,8 @@ class Tokenizer:
         if not self.eos_ids:
             raise DataError("tokenizer: no token ends a turn; expected eos_token in tokenizer_config.json")
         self.pad_id: int = self.eos_ids[0] if pad_id is None else pad_id
+        # The episodes of a group begin alike, and a template costs more than all else that the host does for a row.
+        self._kept = lru_cache(_KEPT)(lambda text: tuple(self._write(*json.loads(text))))
 
     def encode(self, text: str) -> list[int]:
         """Encode text as the model would write it: what `decode` shows becomes a marker, other special tokens in it are
@@ -108,9 +111,7 @@ class Tokenizer:
         Contents never become special tokens; markers that are not special (such as `<tool_call>`) count only in
         assistant messages. Raises DataError when the template cannot render the messages.
         """
-        broken, broken_tools, mark = self._break_up(messages, tools)
-        text = self.template.render(broken, broken_tools, generation=add_generation_prompt)
-        return self._cut(text, self._all_markers, mark)
+        return self._ids(messages, tools, add_generation_prompt, after_turn=False)
 
     def suffix(self, messages: Messages, *, ended: bool) -> list[int]:
         """Give the ids that follow an assistant turn: its closing, the new messages and the next turn's header.
@@ -119,8 +120,7 @@ class Tokenizer:
             messages: what came after the turn.
             ended: the turn ended with one of `eos_ids`, which is in the row already.
         """
-        broken, _, mark = self._break_up(messages, ())
-        ids = self._cut(self._after_dummy(broken, generation=True), self._all_markers, mark)
+        ids = self._ids(messages, (), generation=True, after_turn=True)
         return ids[self._skip_closing :] if ended else ids
 
     def at_least(self, messages: Messages) -> int:
@@ -168,6 +168,27 @@ class Tokenizer:
                 (folder / name).write_text(text, encoding="utf-8", newline="\n")
         except OSError as error:
             raise DataError(f"{folder}: cannot be written ({error.strerror}); choose another folder") from error
+
+    def _ids(
+        self, messages: Messages, tools: Sequence[dict[str, Any]], generation: bool, after_turn: bool
+    ) -> list[int]:
+        """What the template makes of a conversation: once, where it is JSON and not long."""
+        conversation = (list(messages), list(tools), generation, after_turn)
+        try:
+            text = json.dumps(conversation)
+        except (TypeError, ValueError, RecursionError):  # the template may know what to do with it
+            return self._write(*conversation)
+        return self._write(*conversation) if len(text) > _KEPT_CHARS else list(self._kept(text))
+
+    def _write(
+        self, messages: Messages, tools: Sequence[dict[str, Any]], generation: bool, after_turn: bool
+    ) -> list[int]:
+        broken, broken_tools, mark = self._break_up(messages, tools)
+        if after_turn:
+            text = self._after_dummy(broken, generation=generation)
+        else:
+            text = self.template.render(broken, broken_tools, generation=generation)
+        return self._cut(text, self._all_markers, mark)
 
     @cached_property
     def _probe(self) -> list[int]:

@@ -8,11 +8,12 @@ from dataclasses import dataclass, replace
 import jax
 import numpy as np
 
+from ppojax.compilation_cache import enable_compilation_cache
 from ppojax.config import Config
 from ppojax.envs import Task
 from ppojax.errors import ConfigError, DataError
 from ppojax.kernels.dispatch import choose, platform_of
-from ppojax.mesh import enable_compilation_cache, replicated
+from ppojax.mesh import replicated
 from ppojax.models.critic_source import CriticForm, load_critic
 from ppojax.models.forward import ModelDef, Params
 from ppojax.models.lora import split
@@ -83,9 +84,9 @@ def build(config: Config) -> tuple[Parts, States]:
     Raises:
         ConfigError: the mesh has too many devices or does not divide the model, or the environment lacks what it needs.
         DataError: weights, tokenizer or tasks cannot be used, a prompt is too long, or no episode can be started.
+        CannotWriteError: the folder named for compiled programs cannot be written.
     """
-    if config.run.compilation_cache is not None:
-        enable_compilation_cache(config.run.compilation_cache)
+    enable_compilation_cache(config.run.compilation_cache)
     if config.run.keep_memory:
         keep_freed_memory()  # before the first device is asked for: its threads make heaps of their own
     train_tasks, eval_tasks = _tasks(config)  # what cannot be used there should not wait for weights

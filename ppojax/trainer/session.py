@@ -11,6 +11,7 @@ from rich.console import Console
 
 from ppojax.config import Config
 from ppojax.errors import CannotWriteError, ExitCode, PpojaxError, Preempted
+from ppojax.runtime.age import process_age
 from ppojax.runtime.checkpoint import Checkpoints
 from ppojax.runtime.metrics import MetricsLog, read_metrics
 from ppojax.runtime.progress import Progress, summary_table
@@ -76,7 +77,7 @@ def _loop(
     progress: Progress,
 ) -> None:
     config = trainer.config
-    saving: dict[str, float] = {}
+    aside = {"timing_s/start": process_age()}  # told with the next step
     if config.eval.every and trainer.number == 0:
         log.log(0, _evaluate(trainer, progress))
     while trainer.number < config.steps:
@@ -85,8 +86,8 @@ def _loop(
         done = out.step == config.steps
         if config.eval.every and (done or out.step % config.eval.every == 0):
             out.metrics.update(_evaluate(trainer, progress))
-        out.metrics.update(saving)
-        saving = {}
+        out.metrics.update(aside)
+        aside = {}
         log.log(out.step, out.metrics)
         _write_transcripts(trainer, run, out)
         progress.step(out.step, out.metrics)
@@ -94,8 +95,8 @@ def _loop(
         if done or stop or config.checkpoint.due(out.step):
             begin = time.perf_counter()
             checkpoints.save(out.step, trainer.state(), trainer.position(), block=done or stop)
-            # Told with the next step: this step's row is written before its checkpoint is, so that a kill spares it.
-            saving = {"ckpt/step": float(out.step), "ckpt/blocked_s": time.perf_counter() - begin}
+            # This step's row is written before its checkpoint is, so that a kill spares it.
+            aside = {"ckpt/step": float(out.step), "ckpt/blocked_s": time.perf_counter() - begin}
             if (done or stop) and checkpoints.latest() != out.step:
                 raise CannotWriteError(
                     f"{run.checkpoints}: the last checkpoint, of step {out.step}, was not written: make room, then "
@@ -108,13 +109,13 @@ def _loop(
 def _evaluate(trainer: Trainer, progress: Progress) -> dict[str, float]:
     progress.phase("evaluating")
     config, parts = trainer.config, trainer.parts
-    key = purpose_key(config.seed, OUTSIDE, EVALUATE)
+    key, start = purpose_key(config.seed, OUTSIDE, EVALUATE), time.perf_counter()
     metrics, _ = evaluate_greedy(parts.collector, trainer.sampler_policy(), parts.eval_tasks, key)
     progress.note(
         f"greedy success on {len(parts.eval_tasks)} held-out tasks: {metrics['val/success']:.3f} "
         f"[{metrics['val/success_low']:.3f}, {metrics['val/success_high']:.3f}]"
     )
-    return metrics
+    return metrics | {"timing_s/eval": time.perf_counter() - start}
 
 
 def _write_transcripts(trainer: Trainer, run: RunDir, out: StepOut) -> None:

@@ -146,6 +146,21 @@ def test_suffix_of_an_ended_turn_lacks_only_the_end(smollm2):
     assert smollm2.suffix([TOOL], ended=True) == whole[1:]
 
 
+def test_a_conversation_is_rendered_once(monkeypatch):
+    tokenizer, rendered = char_tokenizer("ab?57"), []
+    render = tokenizer.template.render
+    monkeypatch.setattr(tokenizer.template, "render", lambda *a, **k: rendered.append(a) or render(*a, **k))
+    first = tokenizer.render([USER])
+    first.append(0)  # a caller's list is its own
+    assert tokenizer.render([dict(USER)]) == first[:-1] and len(rendered) == 1
+    assert tokenizer.render([USER], add_generation_prompt=False) == first[:-2] and len(rendered) == 2
+    assert tokenizer.suffix([TOOL], ended=True) == tokenizer.suffix([TOOL], ended=False)[1:] and len(rendered) == 3
+    strange = [USER | {"kept": {1, 2}}]  # no JSON
+    assert tokenizer.render(strange) == tokenizer.render(strange) == first[:-1] and len(rendered) == 5
+    with pytest.raises(DataError, match="is not in the alphabet"):
+        tokenizer.render([{"role": "user", "content": "xyz" * 5000}])
+
+
 def test_fingerprints_tell_tokenizers_apart(smollm2):
     a, b = char_tokenizer("abc"), char_tokenizer("abd")
     assert a.fingerprint() == char_tokenizer("abc").fingerprint()
