@@ -18,7 +18,7 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 LINES = (
     ("types", "errors", "component", "lazy", "statistics"),
     ("masking", "actions", "settings"),
-    ("mesh", "compilation_cache"),
+    ("mesh", "compilation_cache", "processes"),
     ("kernels",),
     ("models", "envs", "advantages", "losses"),
     ("rollout", "experience"),
