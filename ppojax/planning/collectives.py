@@ -135,7 +135,9 @@ def _axes(groups: np.ndarray, mesh: Mapping[str, int]) -> tuple[tuple[str, ...],
 
 _LISTED = re.compile(r"replica_groups=\{((?:\{[\d,]+\},?)+)\}")
 _IOTA = re.compile(r"replica_groups=\[(\d+),(\d+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?")
-_NAMED = re.compile(r"replica_groups=mesh\[([^\]]*)\]\s*\{([^}]*)\}")
+_NAMED = re.compile(
+    r"replica_groups=mesh\[([^\]]*)\](?:, device_ids=\(\[([\d,]+)\](?:T\(([\d,]+)\))?\))?\s*\{([^}]*)\}"
+)
 _PAIRS = re.compile(r"source_target_pairs=\{((?:\{\d+,\d+\},?)+)\}")
 
 
@@ -143,17 +145,21 @@ def _groups(line: str, devices: int) -> np.ndarray | None:
     """Devices that talk to each other, `[groups, members]`; None where that cannot be read."""
     if found := _IOTA.search(line):
         count, size, dims, order = found.groups()
-        ids = np.arange(devices).reshape([int(d) for d in dims.split(",")])
-        if order:
-            ids = ids.transpose([int(d) for d in order.split(",")])
-        return ids.reshape(int(count), int(size))
+        return _iota(dims, order, devices).reshape(int(count), int(size))
     if found := _LISTED.search(line) or _PAIRS.search(line):
         listed = [[int(d) for d in group.split(",")] for group in re.findall(r"\{([\d,]+)\}", found.group(1))]
         return np.array(listed) if len({len(group) for group in listed}) == 1 else None
     if found := _NAMED.search(line):
-        axes, over = found.groups()
-        return _of_named(axes, over, devices)
+        axes, dims, order, over = found.groups()
+        groups = _of_named(axes, over, devices)
+        return groups if groups is None or dims is None else _iota(dims, order, devices).reshape(-1)[groups]
     return np.arange(devices)[None] if "replica_groups={}" in line else None
+
+
+def _iota(dims: str, order: str | None, devices: int) -> np.ndarray:
+    """Devices in the order `[dims]T(order)`: numbered along dims, then read along their axes in that order."""
+    ids = np.arange(devices).reshape([int(d) for d in dims.split(",")])
+    return ids.transpose([int(d) for d in order.split(",")]) if order else ids
 
 
 def _of_named(axes: str, over: str, devices: int) -> np.ndarray | None:

@@ -42,6 +42,11 @@ ENTRY %main (p: s32[]) -> s32[] {{
         ("s8[80]{0} all-to-all(%x)", "{}", ("all-to-all", ("fsdp", "tensor"), 70)),
         # Named in part: a device and the one two places on, within 4.
         ("f32[2]{0} all-reduce(%x)", "mesh['a'=2,'b'=4] {'b':(1)2}", ("all-reduce", ("tensor",), 8)),
+        # Along the second axis of the mesh, whose devices are listed in another order.
+        (
+            *("f32[64]{0} all-gather(%x)", "mesh['a'=4,'b'=2], device_ids=([2,4]T(1,0)) {'a'}"),
+            ("all-gather", ("tensor",), 192),
+        ),
         ("f32[2]{0} all-reduce(%x)", "strange[8]", ("all-reduce", ("?",), 8)),
     ],
 )
