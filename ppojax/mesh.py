@@ -60,13 +60,19 @@ class MeshConfig(Component):
         """Devices along one axis, by name."""
         return self.shape[AXES.index(axis)]
 
-    def build(self) -> jax.sharding.Mesh:
-        """Lay out the first `size` devices as a mesh.
+    def build(self, after: int = 0) -> jax.sharding.Mesh:
+        """Lay out the first `size` devices as a mesh, those `after` as many others.
 
         Raises:
             ConfigError: there are fewer devices than the mesh asks for.
         """
-        devices = jax.devices()
+        devices = jax.devices()[after:]
+        if after and self.size > len(devices):
+            raise ConfigError(
+                f"rollout.mesh {'x'.join(map(str, self.shape))} ({' x '.join(AXES)}) needs {self.size} devices beside "
+                f"the trainer's {after}, {len(devices)} more found: make mesh or rollout.mesh smaller, or set "
+                "rollout.devices=shared"
+            )
         if self.size > len(devices):
             raise ConfigError(
                 f"mesh {'x'.join(map(str, self.shape))} ({' x '.join(AXES)}) needs {self.size} devices, "

@@ -19,7 +19,7 @@ def main(config: Config, flags: Flags) -> int:
     run.check(resume=config.resume is not False)
     console = Console()
     if flags.dry_run:
-        config.mesh.build()
+        config.rollout.build_mesh(config.mesh.build())
         console.print(f"ok: {config.steps} steps of {config.rollout.rows} episodes would go to {run.path}")
         return ExitCode.DONE
     # Only now: jax takes seconds to start, and a mistyped key should not wait for it.

@@ -79,6 +79,9 @@ class Row:
     routed: np.ndarray | None = None  # int16[n, L, K]; experts that read each token, -1 where nothing is recorded
     recorded: Recorded = field(default_factory=Recorded)  # of the m actions
     hint: np.ndarray | None = None  # int32[h]; what only the critics are shown, before the row
+    # Training steps that had been done to the weights which drew its tokens: one number for all of a row's actions, for
+    # weights do not change while a step's episodes are played.
+    version: int = 0
 
 
 @dataclass(frozen=True)

@@ -190,7 +190,22 @@ CONTRADICTIONS = [
         "rollout.mesh.data=1 (default), rollout.mesh.fsdp=1 (default), rollout.mesh.expert=1 (default), "
         "rollout.mesh.tensor=2 (command line), mesh.data=4 (command line), mesh.fsdp=1 (default), "
         "mesh.expert=1 (default), mesh.tensor=1 (default): the sampler's mesh has 2 devices and the trainer's 4, and "
-        "they are to be the same; make the product of rollout.mesh 4, or set rollout.mesh=null",
+        "they are to be the same; make the product of rollout.mesh 4, or set rollout.mesh=null or rollout.devices=own",
+    ),
+    (
+        (*BASE, "rollout.devices=own"),
+        "rollout.devices=own (command line), rollout.mesh=null (default): the sampler has devices of its own, and "
+        "nothing says how many; set rollout.mesh.data (or another axis), or rollout.devices=shared",
+    ),
+    (
+        (*BASE, "rollout.max_staleness=2"),
+        "rollout.max_staleness=2 (command line), rollout.mode=sync (default): episodes are played with the weights "
+        "that learn from them; set rollout.mode=one_step_off, or rollout.max_staleness=1",
+    ),
+    (
+        (*BASE, "rollout.mode=one_step_off", "rollout.mismatch.stale_steps=2"),
+        "rollout.mode=one_step_off (command line), rollout.mismatch.stale_steps=2 (command line): weights are old "
+        "already; set rollout.max_staleness to the steps that they are to be old, and rollout.mismatch.stale_steps=0",
     ),
     (
         (*BASE, "rollout.top_k=5", "rollout.record_hidden=true"),
@@ -381,6 +396,7 @@ def test_what_is_not_used_is_not_judged() -> None:
 EXACT = {
     "model.dtype=bfloat16": "rounding to fewer bits is not the same everywhere; set model.dtype=float32",
     "rollout.dtype=float16": "sampler and trainer compute in two types; set rollout.dtype=null",
+    "rollout.mode=one_step_off": "what is recorded is of older weights; set rollout.mode=sync",
     "rollout.mesh={}": "another mesh adds in another order; set rollout.mesh=null",
     "rollout.top_k=5": "the trainer's policy is not cut; set rollout.top_k=0, rollout.top_p=1, rollout.min_p=0",
     "rollout.mismatch.stale_steps=1": "gaps are put in on purpose; set rollout.mismatch={}",
@@ -396,6 +412,31 @@ def test_what_keeps_sampling_from_being_exact(argument: str) -> None:
     [line] = faults(*BASE, "rollout.exact=true", "update.shared_prefix=false", argument)
     assert line.startswith("rollout.exact=true (command line), ")
     assert line.endswith(f": {EXACT[argument]}, or rollout.exact=false")
+
+
+ON_POLICY = (
+    ("loss.type=ppo",),
+    ("loss.type=gspo",),
+    ("loss.type=cispo", "loss.anchor=old"),
+    ("loss.type=reinforce", "loss.importance_weight=false"),
+    ("loss.type=nll",),
+)
+OFF_POLICY = (
+    ("loss.type=ppo", "loss.anchor=behavior"),
+    ("loss.type=gspo", "loss.correction.method=mask"),
+    ("loss.type=dppo", "loss.anchor=old"),  # its weights are over the sampler all the same
+    *((f"loss.type={name}",) for name in ("cispo", "cppo", "dis", "dppo", "drpo", "ipo", "minirl", "reinforce")),
+)
+
+
+def test_a_loss_of_older_weights_has_their_ratio() -> None:
+    """Which losses do is tested by their gradients, in tests/losses."""
+    for loss in ON_POLICY:
+        Config.load(*BASE, *loss)
+        [line] = faults(*BASE, *loss, "rollout.mode=one_step_off")
+        assert ": older weights play, and this loss takes what they drew for the policy's own; give it the rat" in line
+    for loss in OFF_POLICY:
+        Config.load(*BASE, *loss, "rollout.mode=one_step_off", "rollout.devices=own", "rollout.mesh.data=2")
 
 
 def test_noise_is_over_the_sampler() -> None:

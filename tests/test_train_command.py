@@ -68,16 +68,18 @@ def rows(run: Path) -> list[dict[str, Any]]:
     return [{k: v for k, v in row.items() if not k.startswith(CLOCKS)} for row in read_metrics(run / "metrics.jsonl")]
 
 
-def checkpoint(run: Path, step: int) -> tuple[list[np.ndarray], dict[str, Any]]:
+def checkpoint(run: Path, step: int, *arguments: str) -> tuple[list[np.ndarray], dict[str, Any]]:
     with Checkpoints(run / "checkpoints", tiny().checkpoint) as checkpoints:
-        state, meta = checkpoints.restore(step, Trainer(tiny()).state())
+        state, meta = checkpoints.restore(step, Trainer(tiny(*arguments)).state())
     return [np.asarray(x) for x in jax.tree.leaves(state)], meta
 
 
 @pytest.mark.slow  # four processes, each of which starts jax
-def test_a_run_that_was_killed_or_stopped_goes_on_as_if_it_had_not(tmp_path: Path) -> None:
+@pytest.mark.parametrize("mode", ["sync", "one_step_off"])
+def test_a_run_that_was_killed_or_stopped_goes_on_as_if_it_had_not(mode: str, tmp_path: Path) -> None:
     """SIGKILL after a checkpoint, SIGTERM later: the same metrics and the same last checkpoint, bit by bit."""
     settings = ("steps=8", "checkpoint.every=2", "checkpoint.keep=9", "eval.every=4", "eval.prompts=4")
+    settings = (*settings, f"rollout.mode={mode}")
     cache = tmp_path / "cache"
     code, err = finished(start(tiny_run(tmp_path, *settings, "run.name=whole"), cache))
     assert (code, err) == (0, "")
@@ -107,7 +109,7 @@ def test_a_run_that_was_killed_or_stopped_goes_on_as_if_it_had_not(tmp_path: Pat
 
     assert max(row.get("reward/max", 0) for row in rows(whole)) > 0
     assert rows(cut) == rows(whole)
-    (got, got_meta), (want, want_meta) = checkpoint(cut, 8), checkpoint(whole, 8)
+    (got, got_meta), (want, want_meta) = (checkpoint(run, 8, settings[-1]) for run in (cut, whole))
     assert got_meta == want_meta
     for a, b in zip(got, want, strict=True):
         np.testing.assert_array_equal(a.view(np.uint32), b.view(np.uint32))

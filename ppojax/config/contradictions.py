@@ -7,12 +7,12 @@ from typing import TYPE_CHECKING
 
 from ppojax.advantages import GAE, Group
 from ppojax.config.bounds import bounds
+from ppojax.config.sampling import sampling
 from ppojax.losses import DPPO
 from ppojax.losses.policy import PolicyLoss
 from ppojax.mesh import AXES, MeshConfig
 from ppojax.models.settings import CutCritic, FreshCritic, FreshSpec
 from ppojax.models.value_head import HLGaussHead
-from ppojax.rollout.mismatch import Mismatch
 from ppojax.settings import Contradiction
 from ppojax.types import NO_RECORDS
 from ppojax.update.settings import OptimizerConfig
@@ -28,9 +28,7 @@ def contradictions(config: Config) -> Iterator[Contradiction]:
     yield from _tokens(config)
     yield from _history(config)
     yield from _slots(config)
-    yield from _records(config)
-    if config.rollout.exact:
-        yield from _exact(config)
+    yield from sampling(config)
     yield from _schedules(config)
     yield from _supports(config)
     yield from _groups(config)
@@ -225,12 +223,18 @@ def _slots(config: Config) -> Iterator[Contradiction]:
             f"{rollout.rows} slots, one for each episode, are not split evenly over {shards} devices",
             f"set rollout.slots to a multiple of {shards}",
         )
-    if mesh.size != config.mesh.size:
+    if rollout.devices == "own" and rollout.mesh is None:
+        yield Contradiction(
+            ("rollout.devices", "rollout.mesh"),
+            "the sampler has devices of its own, and nothing says how many",
+            "set rollout.mesh.data (or another axis), or rollout.devices=shared",
+        )
+    if rollout.devices == "shared" and mesh.size != config.mesh.size:
         yield Contradiction(
             tuple(f"{key}.{axis}" for key in (where, "mesh") for axis in AXES),
             f"the sampler's mesh has {mesh.size} devices and the trainer's {config.mesh.size}, and they are to be the "
             "same",
-            f"make the product of rollout.mesh {config.mesh.size}, or set rollout.mesh=null",
+            f"make the product of rollout.mesh {config.mesh.size}, or set rollout.mesh=null or rollout.devices=own",
         )
     if rollout.mesh is not None and config.model.fresh is not None:
         yield from _split(rollout.mesh, "rollout.mesh", config.model.fresh, "model.fresh")
@@ -241,44 +245,6 @@ def _slots(config: Config) -> Iterator[Contradiction]:
             "set rollout.top_k=0, rollout.top_p=1 and rollout.min_p=0, or loss.support=binary and "
             "loss.compare_supports=false",
         )
-
-
-def _records(config: Config) -> Iterator[Contradiction]:
-    rollout, loss = config.rollout, config.loss
-    if rollout.cuts and rollout.record_hidden:
-        yield Contradiction(
-            ("rollout.top_k", "rollout.top_p", "rollout.min_p", "rollout.record_hidden"),
-            "hidden states do not tell what was cut off the distribution, and the exact gap would be of another one",
-            "set rollout.top_k=0, rollout.top_p=1 and rollout.min_p=0, or rollout.record_hidden=false",
-        )
-    if rollout.mismatch.logit_noise and config.records.hidden:
-        asked = ("loss.support", "loss.compare_supports") if loss.records.hidden else ("rollout.record_hidden",)
-        yield Contradiction(
-            ("rollout.mismatch.logit_noise", *asked),
-            "hidden states do not tell the noise on the logits, and the policy would be compared with another one",
-            "set rollout.mismatch.logit_noise=0 (they have rollout.mismatch.hidden_noise), or leave them out "
-            "(rollout.record_hidden=false, and with dppo loss.support=binary or topk and loss.compare_supports=false)",
-        )
-
-
-def _exact(config: Config) -> Iterator[Contradiction]:
-    """What keeps the trainer's computation from being the sampler's too."""
-    model, rollout = config.model, config.rollout
-    dropout = 0.0 if model.lora is None else model.lora.dropout
-    wrong = [
-        ("model.dtype", model.dtype == "float32", "float32", "rounding to fewer bits is not the same everywhere"),
-        ("rollout.dtype", rollout.dtype in (None, "float32"), "null", "sampler and trainer compute in two types"),
-        ("rollout.mesh", rollout.mesh is None, "null", "another mesh adds in another order"),
-        ("rollout.top_k", not rollout.cuts, "0, rollout.top_p=1, rollout.min_p=0", "the trainer's policy is not cut"),
-        ("rollout.mismatch", rollout.mismatch == Mismatch(), "{}", "gaps are put in on purpose"),
-        ("model.remat", model.remat == "full", "full", "what blocks keep for the backward pass changes the program"),
-        ("model.lora.dropout", dropout == 0, "0", "an update drops inputs of its own"),
-        ("actor.perturb", config.actor.perturb is None, "null", "an update adds noise of its own"),
-        ("update.shared_prefix", not config.update.shared_prefix, "false", "shared prompts have other shapes"),
-    ]
-    for key, holds, value, why in wrong:
-        if not holds:
-            yield Contradiction(("rollout.exact", key), why, f"set {key}={value}, or rollout.exact=false")
 
 
 def _schedules(config: Config) -> Iterator[Contradiction]:

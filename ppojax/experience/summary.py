@@ -54,6 +54,13 @@ def rollout_metrics(rows: Sequence[Row]) -> dict[str, float]:
     }
 
 
+def staleness_metrics(rows: Sequence[Row], number: int) -> dict[str, float]:
+    """Training steps between the weights that drew a token and those after `number` steps, over action tokens."""
+    tokens = np.array([row.action.sum() for row in rows])
+    age = number - np.array([row.version for row in rows])
+    return {"staleness/mean": float((tokens * age).sum() / max(tokens.sum(), 1)), "staleness/max": float(age.max())}
+
+
 def _turns(row: Row) -> int:
     """Turns that the policy wrote in a row, a summary among them."""
     return int((np.diff(row.action.astype(int), prepend=0) == 1).sum())

@@ -30,6 +30,11 @@ class CISPO(PolicyLoss):
         """Which of the experience's optional arrays the loss reads: `logp_old`, `logp_ref`, `hidden_ref`."""
         return super().needs | ({"logp_old"} if self.anchor == "old" else set())
 
+    @property
+    def off_policy(self) -> bool:
+        """Whether another policy may have drawn the tokens: with a ratio over the sampler."""
+        return self.anchor == "behavior"
+
     def __call__(self, stats: TokenStats, batch: Batch) -> LossOut:
         """Compute CISPO's loss (MiniMax-M1, arXiv 2506.13585).
 

@@ -30,6 +30,11 @@ class CorrectedLoss(PolicyLoss):
         """Which of the experience's optional arrays the loss reads: `logp_old`, `logp_ref`, `hidden_ref`."""
         return super().needs | ({"logp_old"} if self.anchor == "old" else set())
 
+    @property
+    def off_policy(self) -> bool:
+        """Whether another policy may have drawn the tokens: with a ratio over the sampler, or a correction for it."""
+        return self.anchor == "behavior" or self.correction.method != "none"
+
     @model_validator(mode="after")
     def _corrects_something(self) -> CorrectedLoss:
         if self.anchor == "behavior" and self.correction.method != "none":

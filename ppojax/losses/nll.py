@@ -25,6 +25,11 @@ class NLL(Component):
         return frozenset()
 
     @property
+    def off_policy(self) -> bool:
+        """Whether another policy may have drawn the tokens: it is taken for the data itself."""
+        return False
+
+    @property
     def records(self) -> Records:
         """What the sampler must keep of its distribution: nothing."""
         return NO_RECORDS

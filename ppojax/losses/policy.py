@@ -37,6 +37,11 @@ class PolicyLoss(Component):
         return self.kl.needs
 
     @property
+    def off_policy(self) -> bool:
+        """Whether another policy may have drawn the tokens: what the advantage multiplies has the ratio pi/mu in it."""
+        return True
+
+    @property
     def records(self) -> Records:
         """What the sampler must keep of its distribution for the loss."""
         return NO_RECORDS

@@ -19,6 +19,11 @@ class Reinforce(WeightedLoss):
         default=True, description="weigh each token by min(pi/mu, cap); false: take the sampler for the policy"
     )
 
+    @property
+    def off_policy(self) -> bool:
+        """Whether another policy may have drawn the tokens: with weights."""
+        return self.importance_weight
+
     def __call__(self, stats: TokenStats, batch: Batch) -> LossOut:
         """Compute the policy gradient loss (Williams 1992; with weights: token-level importance sampling).
 

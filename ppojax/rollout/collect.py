@@ -11,6 +11,7 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
+from threading import Event
 from typing import Any
 
 import jax
@@ -51,7 +52,9 @@ class Collector:
     compactor: Compactor | None = None  # what replaces the history of a full context
     prompt_limit: PromptLimit = ANY_THAT_FITS
 
-    def __call__(self, params: Params, tasks: Sequence[Task], key: jax.Array) -> Rollout:
+    def __call__(
+        self, params: Params, tasks: Sequence[Task], key: jax.Array, abandoned: Event | None = None
+    ) -> Rollout:
         """Play `group_size` episodes of each task to their end.
 
         Rows are in the order of the tasks, those of an episode one after another.
@@ -59,9 +62,10 @@ class Collector:
         Raises:
             DataError: a prompt is too long (see `PromptLimit`), the episodes of a task begin differently, or too many
                 environments hang.
+            AbandonedError: `abandoned` was set before the end.
         """
         start = time.perf_counter()
-        play, whole = _Play(self, params, key), False
+        play, whole = _Play(self, params, key, abandoned), False
         try:
             play.run(tasks)
             whole = True
@@ -77,9 +81,9 @@ class Collector:
 class _Play:
     """The episodes of one call, and where they are."""
 
-    def __init__(self, collector: Collector, params: Params, key: jax.Array) -> None:
+    def __init__(self, collector: Collector, params: Params, key: jax.Array, abandoned: Event | None) -> None:
         self.collector, self.sampler, self.params, self.key = collector, collector.sampler, params, key
-        self.workers = Workers(collector.workers, collector.env_timeout_s)
+        self.workers = Workers(collector.workers, collector.env_timeout_s, abandoned)
         self.asked: dict[Job, Episode] = {}  # episodes whose environment is at work
         self.slow: set[Episode] = set()  # and those that have been waited for in vain
         self.episodes: list[Episode] = []

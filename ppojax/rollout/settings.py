@@ -7,6 +7,7 @@ from typing import Annotated, Literal
 from pydantic import Field
 
 from ppojax.component import Component
+from ppojax.lazy import jax
 from ppojax.mesh import MeshConfig
 from ppojax.rollout.mismatch import Mismatch
 
@@ -63,6 +64,17 @@ Compaction = Annotated[
 class RolloutConfig(Component):
     """How many episodes a step samples, and the limits of each."""
 
+    mode: Literal["sync", "one_step_off"] = Field(
+        default="sync",
+        description="sync: a step's episodes are played before its update; one_step_off: while steps before it are "
+        "trained, with weights that are max_staleness steps older than those of its update (docs/asynchrony.md)",
+    )
+    max_staleness: int = Field(
+        default=1,
+        ge=1,
+        description="one_step_off: training steps between the weights that play and those that learn from it, never "
+        "more, and fewer only in the first steps; costs a copy of the trained weights for each",
+    )
     prompts: int = Field(default=8, ge=1, description="tasks a step")
     group_size: int = Field(default=4, ge=1, description="episodes a task")
     max_turn_tokens: int = Field(default=64, ge=1, description="tokens of one assistant turn, at most")
@@ -159,6 +171,10 @@ class RolloutConfig(Component):
         description="the trainer's devices in another order of axes, for sampling: slots over data, fsdp and expert, "
         "heads over tensor (fsdp=4 in training, data=4 here, gathers weights once a step); null: mesh",
     )
+    devices: Literal["shared", "own"] = Field(
+        default="shared",
+        description="own: the sampler's mesh has devices of its own, the ones that follow the trainer's",
+    )
     exact: bool = Field(
         default=False,
         description="score and draw each turn again by the trainer's own computation when it is over, so that sampler "
@@ -168,6 +184,21 @@ class RolloutConfig(Component):
     mismatch: Mismatch = Field(
         default=Mismatch(), description="gaps between sampler and trainer, put in on purpose for studies; not evaluated"
     )
+
+    @property
+    def staleness(self) -> int:
+        """Training steps between the weights that play and those that learn from it, at most and, soon, always."""
+        return self.max_staleness if self.mode == "one_step_off" else self.mismatch.stale_steps
+
+    def build_mesh(self, trainer: jax.sharding.Mesh) -> jax.sharding.Mesh:
+        """Lay out the sampler's devices: on the trainer's mesh, or beside it.
+
+        Raises:
+            ConfigError: there are not enough devices for both.
+        """
+        if self.mesh is None:
+            return trainer
+        return self.mesh.rearrange(trainer) if self.devices == "shared" else self.mesh.build(trainer.size)
 
     @property
     def rows(self) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import partial
 
 import jax
@@ -15,8 +16,8 @@ def sampler_params(params: Params, model: ModelDef) -> Params:
     """Take the trainer's parameters to what the sampler, whose model this is, reads; in place where they are that.
 
     They are cast to the compute type, which gives the same numbers as casting them in every call, unless they are kept
-    in a narrower type, and resharded to `model.mesh`, which has the devices of the trainer's mesh. Where nothing is to
-    be done, the very arrays come back.
+    in a narrower type, and resharded to `model.mesh`, which has the devices of the trainer's mesh or none of them.
+    Where nothing is to be done, the very arrays come back.
     """
     assert model.mesh is not None
     leaves, tree = jax.tree_util.tree_flatten_with_path(params)
@@ -27,14 +28,30 @@ def sampler_params(params: Params, model: ModelDef) -> Params:
     out = [leaf for _, leaf in leaves]
     moved = [i for i, (leaf, place) in enumerate(zip(out, wanted, strict=True)) if not _lies(leaf, place)]
     if moved:
-        new = sync([out[i] for i in moved], to=tuple(wanted[i] for i in moved))
+        new = _move([out[i] for i in moved], [wanted[i] for i in moved], model.mesh)
         for i, leaf in zip(moved, new, strict=True):
             out[i] = leaf
     return jax.tree.unflatten(tree, out) if moved else params
 
 
+def _move(leaves: list[jax.Array], wanted: Sequence[Place], there: jax.sharding.Mesh) -> list[jax.Array]:
+    now = leaves[0].sharding
+    if now.device_set == set(there.devices.flat):
+        return sync(leaves, to=tuple(wanted))
+    # To other devices. Where they are as many, each sends the very part that another one takes.
+    before: list[tuple[str, jax.sharding.Sharding]] = [
+        (dtype, leaf.sharding) for leaf, (dtype, _) in zip(leaves, wanted, strict=True)
+    ]
+    mesh = now.mesh if isinstance(now, jax.sharding.NamedSharding) else None
+    if isinstance(mesh, jax.sharding.Mesh) and mesh.size == there.size:
+        devices = mesh.devices.reshape(there.devices.shape)
+        here = jax.sharding.Mesh(devices, there.axis_names, axis_types=there.axis_types)
+        before = [(dtype, jax.sharding.NamedSharding(here, place.spec)) for dtype, place in wanted]
+    return jax.device_put(sync(leaves, to=tuple(before)), [place for _, place in wanted])
+
+
 @partial(jax.jit, static_argnames=("to",))
-def sync(leaves: list[jax.Array], *, to: tuple[Place, ...]) -> list[jax.Array]:
+def sync(leaves: list[jax.Array], *, to: tuple[tuple[str, jax.sharding.Sharding], ...]) -> list[jax.Array]:
     """Cast and reshard arrays, each to its place."""
     return [
         jax.lax.with_sharding_constraint(leaf.astype(dtype), place)

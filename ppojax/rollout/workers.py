@@ -20,7 +20,12 @@ LEFT_BEHIND_MOST = 64  # threads of a process that may be stuck
 PROMPT_S = 0.05  # an answer that is due within this time is waited for
 PATIENCE_S = 0.1  # such waiting in all: this, and a share of the time that has passed
 PATIENCE_SHARE = 0.02
+POLL_S = 0.1  # between looks at whether anybody still waits for the episodes
 _left_behind: WeakSet[threading.Thread] = WeakSet()
+
+
+class AbandonedError(Exception):
+    """Nobody waits for the episodes any more."""
 
 
 @dataclass(eq=False)
@@ -66,10 +71,14 @@ class Job:
 
 
 class Workers:
-    """Runs calls in at most `count` threads at a time; with 0 at once, in the thread that asks, without a limit."""
+    """Runs calls in at most `count` threads at a time; with 0 at once, in the thread that asks, without a limit.
 
-    def __init__(self, count: int, timeout_s: float | None) -> None:
+    Once `abandoned` is set, `ended` raises AbandonedError, at once where it waits.
+    """
+
+    def __init__(self, count: int, timeout_s: float | None, abandoned: threading.Event | None = None) -> None:
         self._count, self._timeout_s = count, timeout_s
+        self._abandoned = threading.Event() if abandoned is None else abandoned
         self._todo: SimpleQueue[Job | None] = SimpleQueue()
         self._done: SimpleQueue[Job] = SimpleQueue()
         self._open: dict[Job, None] = {}  # in the order of submission
@@ -109,7 +118,10 @@ class Workers:
 
         Raises:
             DataError: too many calls are stuck.
+            AbandonedError: see the class.
         """
+        if self._abandoned.is_set():
+            raise AbandonedError
         start = time.monotonic()
         self._patience = min(self._patience + PATIENCE_SHARE * (start - self._asked), PATIENCE_S)
         found: set[Job] = set()
@@ -121,6 +133,8 @@ class Workers:
                 found |= {job} & self._open.keys()
             except Empty:
                 found |= self._overdue()
+                if self._abandoned.is_set():
+                    raise AbandonedError from None
                 if not forced:
                     break
             finally:
@@ -140,11 +154,12 @@ class Workers:
         return 0.0 if newest is None else min(newest.submitted + PROMPT_S - time.monotonic(), self._patience)
 
     def _next_limit(self) -> float:
-        """Seconds until the next call may be overdue."""
+        """Seconds until the next call may be overdue, or it is time to look around."""
         if self._timeout_s is None:
-            return 3600.0
+            return POLL_S
         began = [job.began for job in self._open if job.began is not None]
-        return max(min(began, default=time.monotonic()) + self._timeout_s - time.monotonic(), 0.001)
+        left = min(began, default=time.monotonic()) + self._timeout_s - time.monotonic()
+        return min(max(left, 0.001), POLL_S)
 
     def _overdue(self) -> set[Job]:
         """Leave calls behind that have taken too long."""

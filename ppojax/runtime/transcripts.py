@@ -42,9 +42,10 @@ def write_transcripts(
 
     Row i of the arrays belongs to `rows[i]`, and to nothing where that is None; padding beyond a row's tokens is
     dropped. Fields of an object: `group`, `episode`, `segment` (the rows of an episode are linked by the last two),
-    `ending`, `error` (what kind, where it failed), `clipped` (a turn ran into its limit), `reward_sum`, `messages`,
-    and, one entry a token, `token`, `text` (pieces that join to the whole text), `action`, `reward`, `logp_behavior`,
-    `advantage`, `value` (a list for each critic), `ratio` and `mask` (of a `TokenTrace`); null where it was not given.
+    `version` (steps done to the weights that wrote it), `ending`, `error` (what kind, where it failed), `clipped` (a
+    turn ran into its limit), `reward_sum`, `messages`, and, one entry a token, `token`, `text` (pieces that join to the
+    whole text), `action`, `reward`, `logp_behavior`, `advantage`, `value` (a list for each critic), `ratio` and `mask`
+    (of a `TokenTrace`); null where it was not given.
     `value_end` is each critic's value of the state after the last token, where the episode goes on there (truncated,
     cut) and the arrays reach that far. Numbers carry six digits.
 
@@ -62,6 +63,7 @@ def write_transcripts(
             "group": row.group,
             "episode": row.episode,
             "segment": row.segment,
+            "version": row.version,
             "ending": Ending(row.ending).name.lower(),
             "error": row.info.get("error") if row.ending == Ending.ERROR else None,
             "clipped": row.clipped,

@@ -69,6 +69,11 @@ class Parts:
     actor_base: Params  # frozen weights beside adapters; nothing where everything is trained
     critic_base: Params
 
+    @property
+    def devices(self) -> int:
+        """Devices of the trainer and the sampler."""
+        return len({*self.mesh.devices.flat, *self.collector.sampler.mesh.devices.flat})
+
 
 @dataclass
 class States:
@@ -146,7 +151,7 @@ def build_critic(config: Config, actor: Loaded, mesh: jax.sharding.Mesh) -> tupl
 def make_collector(config: Config, model: ModelDef, tokenizer: Tokenizer, mesh: jax.sharding.Mesh) -> Collector:
     """Set up the sampler, on its own mesh and in its own compute type, and the episodes."""
     rollout = config.rollout
-    mesh = mesh if rollout.mesh is None else rollout.mesh.rearrange(mesh)
+    mesh = rollout.build_mesh(mesh)
     # One position stays free for the value of the state after a row's last token.
     sampler = SamplerDef(
         replace(model, remat="none", dtype=rollout.dtype or model.dtype, mesh=mesh),

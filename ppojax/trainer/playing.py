@@ -22,11 +22,13 @@ def play_batch(
     tasks: Iterator[Sequence[Task]],
     key: jax.Array,
     limits: RolloutConfig,
+    pause: Callable[[float], object] | None = None,
 ) -> Rollout:
     """Play the next tasks; where over `max_failed` of the episodes fail, drop them and play the ones after.
 
     Episodes whose prompt was too long are not counted as failed here: `rollout.long_prompts` says what they are.
-    `error/batches_dropped` counts the batches that were not used.
+    `error/batches_dropped` counts the batches that were not used. Between tries is a `pause` of a second or more, for
+    what failed may come back; None sleeps.
 
     Raises:
         DataError: too much failed `retries` + 1 times in a row.
@@ -39,7 +41,7 @@ def play_batch(
             extra = {"error/batches_dropped": float(dropped)} if dropped else {}
             return Rollout(rollout.rows, rollout.metrics | extra)
         if dropped < limits.retries:
-            time.sleep(PAUSE_S * 2**dropped)
+            (time.sleep if pause is None else pause)(PAUSE_S * 2**dropped)
     kinds = ", ".join(f"{name} {count}" for name, count in Counter(row.info["error"] for row in failed).most_common(4))
     raise DataError(
         f"rollout: too much failed {limits.retries + 1} times in a row, the last time {share:.0%} of the episodes "

@@ -48,6 +48,7 @@ def train(config: Config, run: RunDir, console: Console) -> None:
             log = stack.enter_context(MetricsLog(run.metrics, board, resume_step=trainer.number or -1))
             signals = stack.enter_context(StopSignals())
             progress = stack.enter_context(Progress(config.steps, console, start=trainer.number))
+            stack.callback(trainer.close)  # while signals are still listened to
             _loop(trainer, run, checkpoints, log, signals, progress)
     _report(run, console, time.monotonic() - start)
 
@@ -109,6 +110,7 @@ def _loop(
 def _evaluate(trainer: Trainer, progress: Progress) -> dict[str, float]:
     progress.phase("evaluating")
     config, parts = trainer.config, trainer.parts
+    trainer.player.settle()
     key, start = purpose_key(config.seed, OUTSIDE, EVALUATE), time.perf_counter()
     metrics, _ = evaluate_greedy(parts.collector, trainer.sampler_policy(), parts.eval_tasks, key)
     progress.note(

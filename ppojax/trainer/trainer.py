@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property, partial
+from functools import cached_property
 from typing import Any
 
 import jax
@@ -14,25 +14,22 @@ from ppojax.errors import DataError
 from ppojax.experience.batch import make_batch, without_records
 from ppojax.experience.pack import bucketed, lay_out, pack
 from ppojax.experience.score import Scorers, score
-from ppojax.experience.summary import advantage_metrics, rollout_metrics
+from ppojax.experience.summary import advantage_metrics, rollout_metrics, staleness_metrics
 from ppojax.models.forward import Heads, Params, head_VD
 from ppojax.models.lora import combine, fingerprint, merge
 from ppojax.models.perturb import apart
 from ppojax.models.pretrained import Loaded
 from ppojax.models.settings import CutCritic
-from ppojax.rollout.dynamic import choose, count_varied
 from ppojax.rollout.sync import sampler_params
 from ppojax.rollout.tasks import task_stream
 from ppojax.runtime.compiling import compile_metrics
-from ppojax.trainer.build import SAMPLE, States, build, build_critic, purpose_key
+from ppojax.trainer.build import States, build, build_critic
 from ppojax.trainer.controls import Controls
 from ppojax.trainer.meter import Meter
-from ppojax.trainer.playing import play_batch
+from ppojax.trainer.player import Player
 from ppojax.trainer.updates import update_actor, update_critic
 from ppojax.trainer.warm_start import warm_start
 from ppojax.types import Batch, Experience, Layout, Rollout, Row, TokenTrace
-
-AGAIN = 2**16  # before the number of a round, apart from the tries of `play_batch`
 
 
 @dataclass(frozen=True)
@@ -65,7 +62,8 @@ class Trainer:
         """
         self.config = config
         self.parts, self.states = build(config)
-        self.stream = task_stream(self.parts.train_tasks, config.rollout.prompts, config.seed)
+        stream = task_stream(self.parts.train_tasks, config.rollout.prompts, config.seed)
+        self.player = Player(config, self.parts, stream)
         self.number = 0  # steps done
         self.reference = self._copy_of_actor()
         self.older = self._copies_to_play()
@@ -93,11 +91,11 @@ class Trainer:
             DataError: a prompt is too long, or too many episodes fail (see `play_batch`).
         """
         config, parts, states, meter = self.config, self.parts, self.states, Meter()
-        played = self._sync(meter)
-        with meter.timed("gen"):
-            rollout = self._sample(played)
-        heads = self._heads(played)
-        del played  # where it is a copy, it is not needed in the update
+        weights = self._weights_to_play()
+        rollout = self.player(self.number, weights, meter)
+        heads = self._heads(combine(parts.actor_base, weights[0]))
+        self.older = weights[1:]
+        del weights  # the oldest ones are not needed in the update
         rows, layout, experience = self._pack(rollout)
         with meter.timed("values"):
             experience = jax.block_until_ready(self._score(experience, layout))
@@ -105,6 +103,7 @@ class Trainer:
         experience, metrics = self.controls.penalize(experience)
         batch = make_batch(experience, estimator=config.advantage, earned_BT=earned_BT, entropy_scale=scale)
         metrics |= rollout_metrics(rollout.rows) | rollout.metrics | advantage_metrics(batch, config.advantage.gamma)
+        metrics |= staleness_metrics(rollout.rows, self.number) if config.rollout.staleness else {}
         if states.critic is not None:
             with meter.timed("update_critic"):
                 metrics |= update_critic(config, parts, states, batch, layout, self.number)
@@ -115,22 +114,11 @@ class Trainer:
             metrics |= updated
         metrics |= self.controls.follow_entropy(metrics)
         self.number += 1
-        metrics |= meter.performance(rollout.rows, parts.mesh.size) | compile_metrics()
+        metrics |= meter.performance(rollout.rows, parts.devices) | compile_metrics()
         metrics |= meter.utilisation(parts.actor.spec, experience, layout, config.update.epochs, parts.mesh)
         # A caller may keep this over the next step: without the arrays that are large on the devices.
         batch = batch._replace(experience=without_records(batch.experience))
         return StepOut(self.number, metrics, rollout, batch, rows, trace)
-
-    def _sample(self, played: Params) -> Rollout:
-        """Play the step's episodes: more than one round of them, where groups have to differ."""
-        settings, parts = self.config.rollout, []
-        key, play = purpose_key(self.config.seed, self.number, SAMPLE), partial(self.parts.collector, played)
-        for attempt in range(settings.dynamic_rounds):
-            again = key if attempt == 0 else jax.random.fold_in(key, AGAIN + attempt)
-            parts.append(play_batch(play, self.stream, again, settings))
-            if count_varied(parts) >= settings.prompts:
-                break
-        return parts[0] if settings.dynamic_rounds == 1 else choose(parts, settings.prompts)
 
     def _pack(self, rollout: Rollout) -> tuple[Sequence[Row | None], Layout, Experience]:
         config, settings = self.config, self.config.rollout
@@ -173,6 +161,10 @@ class Trainer:
         lora = self.parts.actor.lora
         return self.policy() if lora is None else merge(self.policy(), lora, "float32")
 
+    def close(self) -> None:
+        """Give up episodes that are being played for later steps, and end their thread. `step` begins them again."""
+        self.player.stop()
+
     def state(self) -> dict[str, Any]:
         """The arrays that a checkpoint holds."""
         whole = {"actor": self.states.actor, "critic": self.states.critic, "reference": self.reference}
@@ -180,7 +172,7 @@ class Trainer:
 
     def position(self) -> dict[str, Any]:
         """The rest of what a checkpoint holds, as JSON: randomness needs only the seed and the step."""
-        state = {"tasks": self.stream.get_state(), "controls": self.controls.position()}
+        state = {"tasks": self.player.tasks, "controls": self.controls.position()}
         return {"step": self.number, **state, **self._identity()}
 
     def _identity(self) -> dict[str, Any]:
@@ -207,7 +199,7 @@ class Trainer:
         self.states = States(state["actor"], state["critic"])
         self.reference, self.older = state["reference"], state["older"]
         self.number = position["step"]
-        self.stream.set_state(position["tasks"])
+        self.player.restore(position["tasks"])
         self.controls.restore(position["controls"])
 
     def _copy_of_actor(self) -> Params | None:
@@ -220,7 +212,7 @@ class Trainer:
 
     def _copies_to_play(self) -> list[Params]:
         """What the actor was in the steps before, oldest first, as far as stale weights are played: itself, so far."""
-        stale = self.config.rollout.mismatch.stale_steps
+        stale = self.config.rollout.staleness
         return [self._copy()] * stale if stale else []
 
     def _scorers(self) -> Scorers:
@@ -231,17 +223,9 @@ class Trainer:
             critic=None if critic is None else combine(self.parts.critic_base, critic.params),
         )
 
-    def _sync(self, meter: Meter) -> Params:
-        """The parameters that this step is played with."""
-        policy = self.policy()
-        if self.older:
-            policy = combine(self.parts.actor_base, self.older[0])
-            self.older = [*self.older[1:], self._copy()]
-        with meter.timed("sync"):
-            played = jax.block_until_ready(sampler_params(policy, self.parts.collector.sampler.model))
-        if played is policy:
-            meter.forget("sync")
-        return played
+    def _weights_to_play(self) -> list[Params]:
+        """What is trained of the policy: as this step's episodes are drawn from it, and after each step since."""
+        return [*self.older, self._copy()] if self.older else [apart(self.states.actor.params)[0]]
 
     def _heads(self, played: Params) -> Heads:
         """The heads of the policies that the loss compares with; the update takes the actor's own arrays over."""

@@ -12,7 +12,21 @@ import numpy as np
 import pytest
 from pydantic import ValidationError
 
-from ppojax.losses import CISPO, CPPO, DIS, DPPO, DRPO, GSPO, IPO, Aggregation, Correction, MiniRL, PPOClip, Reinforce
+from ppojax.losses import (
+    CISPO,
+    CPPO,
+    DIS,
+    DPPO,
+    DRPO,
+    GSPO,
+    IPO,
+    NLL,
+    Aggregation,
+    Correction,
+    MiniRL,
+    PPOClip,
+    Reinforce,
+)
 from ppojax.losses.policy import PolicyLoss
 from ppojax.types import Batch, LossOut, TokenStats
 from small_batch import experience_of
@@ -254,3 +268,24 @@ def test_what_is_needed() -> None:
 def test_a_correction_in_the_wrong_order_is_refused() -> None:
     with pytest.raises(ValidationError, match=r"low \(3\.0\) must be under high \(2\.0\)"):
         Correction(low=3.0)
+
+
+def test_what_says_it_is_off_policy_looks_at_the_sampler() -> None:
+    """Its gradient depends on mu where pi and pi_old stay, and no other one's does."""
+    losses = [
+        *(kind(anchor=anchor) for kind in (CISPO, DPPO, GSPO, PPOClip) for anchor in ("behavior", "old")),
+        *(kind(correction=Correction(method="truncate")) for kind in (GSPO, PPOClip)),
+        *(Reinforce(importance_weight=weight) for weight in (True, False)),
+        *(CPPO(), DIS(), DRPO(), IPO(), MiniRL(), NLL()),
+    ]
+    batch, stats = inputs(5)
+    e = batch.experience
+
+    @jax.jit
+    def slopes(behavior_BT: jax.Array) -> list[jax.Array]:
+        moved = batch._replace(experience=e._replace(logp_behavior_BT=behavior_BT))
+        return [jax.grad(lambda logp, of=loss: of(stats._replace(logp=logp), moved).sum)(stats.logp) for loss in losses]
+
+    nearer_BT = jnp.where(e.action_BT, 0.5 * (e.logp_behavior_BT + stats.logp), 0.0)
+    for loss, one, other in zip(losses, slopes(e.logp_behavior_BT), slopes(nearer_BT), strict=True):
+        assert loss.off_policy != np.array_equal(one, other), loss

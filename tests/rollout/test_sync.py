@@ -71,6 +71,22 @@ def test_another_mesh_plays_the_same_episodes() -> None:
         np.testing.assert_allclose(a.logp_behavior, b.logp_behavior, rtol=0, atol=1e-5)
 
 
+def test_weights_go_to_other_devices() -> None:
+    """Beside the trainer's four: as many in another layout, and fewer."""
+    params = placed(MODEL, TRAINER.build())
+    for other in (SAMPLER, MeshConfig(tensor=2)):
+        mesh = other.build(after=4)
+        assert {device.id for device in mesh.devices.flat} == set(range(4, 4 + other.size))
+        model = replace(MODEL, dtype="bfloat16", mesh=mesh)
+        got = sampler_params(params, model)
+        for new, old, wanted in zip(
+            jax.tree.leaves(got), jax.tree.leaves(params), jax.tree.leaves(param_shardings(MODEL, mesh)), strict=True
+        ):
+            assert new.sharding.is_equivalent_to(wanted, new.ndim)
+            np.testing.assert_array_equal(new, np.asarray(old).astype(jnp.bfloat16))
+        assert sampler_params(got, model) is got
+
+
 @pytest.mark.slow
 def test_casting_once_is_casting_in_every_call() -> None:
     """To the bit: decoding reads the same numbers."""

@@ -17,7 +17,7 @@ from ppojax.errors import DataError
 from ppojax.models.forward import init
 from ppojax.rollout import workers as working
 from ppojax.rollout.collect import Collector
-from ppojax.rollout.workers import Workers
+from ppojax.rollout.workers import AbandonedError, Workers
 from ppojax.runtime.compiling import compile_metrics
 from ppojax.types import Ending, Row
 from tiny_model import (
@@ -70,6 +70,20 @@ def test_a_call_that_hangs_is_left_behind_and_let_go_when_it_returns(monkeypatch
     gate.set()
     assert closed.wait(1)
     workers.close(wait=False)
+
+
+def test_whose_episodes_are_abandoned_waits_no_longer() -> None:
+    abandoned, gate = threading.Event(), threading.Event()
+    workers = Workers(1, None, abandoned)
+    workers.submit(gate.wait, None)
+    start = time.monotonic()
+    threading.Timer(0.1, abandoned.set).start()
+    for _ in range(2):
+        with pytest.raises(AbandonedError):
+            workers.ended(idle=True)
+    assert time.monotonic() - start < 2
+    workers.close(wait=False)
+    gate.set()
 
 
 @dataclass
