@@ -46,9 +46,10 @@ def learn(folder: Path, *overrides: str) -> tuple[list[dict[str, Any]], dict[str
     return [row for row in rows if "reward/mean" in row], rows[-1], [float(loss) for loss in warm.groups()]
 
 
-def test_tiny_learns_the_tool_call(tmp_path: Path) -> None:
+@pytest.mark.parametrize("mode", ["sync", pytest.param("one_step_off", marks=pytest.mark.slow)])
+def test_tiny_learns_the_tool_call(mode: str, tmp_path: Path) -> None:
     """From one success in three or less to over three in four; the critic explains returns before rewards settle."""
-    steps, last, losses = learn(tmp_path)
+    steps, last, losses = learn(tmp_path, f"rollout.mode={mode}")
     assert losses[1] < 0.2 * losses[0]
     reward = np.array([row["reward/mean"] for row in steps])
     varied = [row["critic/vf_explained_var"] for row in steps[2:] if row["reward/std"] > 0.2]
