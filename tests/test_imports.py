@@ -18,7 +18,7 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 LINES = (
     ("types", "errors", "component", "lazy", "statistics"),
     ("masking", "actions", "settings"),
-    ("mesh", "compilation_cache", "processes"),
+    ("mesh", "compilation_cache", "host_devices", "processes"),
     ("kernels",),
     ("models", "envs", "advantages", "losses"),
     ("rollout", "experience"),
@@ -26,7 +26,8 @@ LINES = (
     ("config",),
     ("trainer", "cli", "viewer"),
     ("reporting", "planning"),
-    ("train", "critic_fit", "evaluate", "export", "report", "view"),
+    ("sweeping",),
+    ("train", "critic_fit", "evaluate", "export", "report", "view", "sweep"),
 )
 LEVEL = {name: level for level, names in enumerate(LINES) for name in names}
 
@@ -177,7 +178,9 @@ def test_environments_never_reach_jax() -> None:
         assert numerical_imports(module) == []
 
 
-@pytest.mark.parametrize("module", ["config", "cli", "train", "critic_fit", "evaluate", "export", "report", "view"])
+@pytest.mark.parametrize(
+    "module", ["config", "cli", "train", "critic_fit", "evaluate", "export", "report", "view", "sweep"]
+)
 def test_a_config_is_read_without_jax(module: str) -> None:
     assert numerical_imports(f"ppojax.{module}") == []
 

@@ -82,7 +82,7 @@ def document(methods: Sequence[Method], *, title: str, last: int, episodes: int)
         _time(methods),
         _transcripts(methods, episodes),
     ]
-    return page(title, "\n".join(part for part in parts if part), style=chart.style() + _STYLE + _swatches())
+    return page(title, "\n".join(part for part in parts if part), style=style())
 
 
 def _ended(runs: Sequence[Run]) -> str:
@@ -210,10 +210,9 @@ def _time(methods: Sequence[Method]) -> str:
     title = "<h2>Where a step's time goes</h2>"
     if not known:
         return title + _soft("No run has logged the time of its steps.")
-    swatches = " &emsp; ".join(f'<span class="swatch w{i}"></span> {part}' for i, part in enumerate(PARTS))
     rows = [(text(method.name), *(number(x, ".3g") for x in (*split, sum(split)))) for method, split in known]
     return (
-        f"{title}{bar_chart([(method.name, split) for method, split in known])}<p>{swatches}</p>"
+        f"{title}{bar_chart([(method.name, split) for method, split in known])}{parts_legend()}"
         + table(("seconds a step", *PARTS, "step"), rows)
         + _soft(
             "Means over the steps of all runs but the first of each process, which compiles; gen is without the wait "
@@ -265,5 +264,13 @@ def _transcripts(methods: Sequence[Method], episodes: int) -> str:
     return "\n".join(filter(None, out)) if episodes else ""
 
 
-def _swatches() -> str:
-    return "\n".join(f".swatch.w{i}{{background:{colour}}}" for i, colour in enumerate(chart.PART_COLOURS))
+def parts_legend() -> str:
+    """Name the colours of `bar_chart`."""
+    swatches = (f'<span class="swatch w{i}"></span> {part}' for i, part in enumerate(PARTS))
+    return f"<p>{' &emsp; '.join(swatches)}</p>"
+
+
+def style() -> str:
+    """Write the rules of a page with charts and tables."""
+    swatches = "\n".join(f".swatch.w{i}{{background:{colour}}}" for i, colour in enumerate(chart.PART_COLOURS))
+    return chart.style() + _STYLE + swatches
