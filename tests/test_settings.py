@@ -201,6 +201,23 @@ def test_a_key_of_another_variant(tmp_path: Path) -> None:
     ]
 
 
+def test_another_type_leaves_keys_of_the_first_behind(tmp_path: Path) -> None:
+    """Those that it does not have; a misspelled one is told all the same, and one written beside or after the type."""
+    wide = "loss:\n  type: wide\n  width: 0.5\n  penalty:\n    coefficient: 1\n"
+    first = write(tmp_path, "a.yaml", wide)
+    second = write(tmp_path, "b.yaml", "loss:\n  type: narrow\n  clip: 0.5\n")
+    assert config(f"config={first},{second}").loss == Narrow(clip=0.5)
+    assert config(f"config={first}", "loss.type=narrow").loss == Narrow()
+    advice = "it belongs to loss.type=wide, not to loss.type=narrow: remove it, or change the type"
+    late = faults(f"config={first},{second}", "loss.width=1")
+    assert late == [f"unknown key loss.width (command line); {advice}"]
+    wrong = write(tmp_path, "c.yaml", "loss:\n  type: wide\n  widht: 0.5\n")
+    [line] = faults(f"config={wrong},{second}")
+    assert line.startswith(f"unknown key loss.widht ({wrong}:3)")
+    back = write(tmp_path, "d.yaml", "loss:\n  type: wide\n")
+    assert config(f"config={first},{second},{back}").loss.width == 0.5
+
+
 @pytest.mark.parametrize(
     ("argument", "expected"),
     [

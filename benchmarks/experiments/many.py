@@ -24,6 +24,7 @@ KEPT = (
     "actor/entropy",
     "actor/ppo_kl",
     "actor/grad_norm",
+    "actor/pg_clipfrac",
     "trust_region/masked_frac",
     "trust_region/tv_mean",
     "trust_region/tv_max",

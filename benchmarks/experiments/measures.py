@@ -48,7 +48,17 @@ def stretches(x: np.ndarray, window: int = WINDOW) -> np.ndarray:
 
 def at_end(name: str, window: int = WINDOW) -> Measure:
     """The mean of a metric over the last steps."""
-    return lambda run: float(np.nanmean(run.series(name)[-window:])) if len(run.rows) else np.nan
+    return lambda run: float(np.mean(run.series(name)[-window:])) if len(run.rows) else np.nan
+
+
+def throughout(*names: str) -> Measure:
+    """The mean over all steps of the first of these metrics that the run has."""
+
+    def mean(run: Run) -> float:
+        found = (x for x in map(run.series, names) if not np.isnan(x).all())
+        return float(np.nanmean(next(found, np.array([np.nan]))))
+
+    return mean
 
 
 def collapsed(run: Run) -> float:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import matplotlib
 import numpy as np
-from measures import Run, at_end, collapsed, of, over_seeds, read, text
+from measures import Run, at_end, collapsed, of, over_seeds, read, text, throughout
 
 matplotlib.use("agg")
 from matplotlib import pyplot as plt
@@ -16,9 +16,9 @@ from matplotlib.axes import Axes
 FOLDER = Path(__file__).parent.parent / "results" / "experiments"
 COLUMNS = {
     "reward at the end": at_end("reward/mean"),
-    "KL to the sampler": at_end("trust_region/kl_mean"),
-    "entropy": at_end("actor/entropy"),
-    "share masked": at_end("trust_region/masked_frac"),
+    "KL to the old policy": throughout("actor/ppo_kl"),
+    "entropy at the end": at_end("actor/entropy"),
+    "share masked or clipped": throughout("trust_region/masked_frac", "actor/pg_clipfrac"),
 }
 
 

@@ -79,11 +79,12 @@ class Loaded(Generic[S]):
 def load_config(cls: type[S], arguments: Iterable[str], flags: Sequence[str] = ()) -> Loaded[S]:
     """Read `config=a.yaml,b.yaml` and `key.sub=value` arguments into a settings class.
 
-    Files are merged left to right, arguments win over files. `flags` are only named to who mistypes one.
+    Files are merged left to right, arguments win over files. Where one gives a section another `type` than one before
+    it, keys that only the earlier type has are left behind. `flags` are only named to who mistypes one.
     Raises ConfigError with one line for each unknown key, value that cannot be used, and contradiction.
     """
     sources = read_sources(arguments, flags)
-    builder = _Builder(cls, sources.origins)
+    builder = _Builder(cls, sources.origins, sources.left_behind)
     config = builder.build(cls, sources.values, None, "")
     faults = [*sources.faults, *builder.unknown_keys(), *builder.faults]
     if not sources.faults:  # what could not be read may be what seems to be missing or contradictory
@@ -127,9 +128,12 @@ def _origin(origins: Mapping[str, Origin], key: str) -> Origin:
 class _Builder:
     """Builds sections from the inside out, so that one faulty value hides no other."""
 
-    def __init__(self, root: type[Settings], origins: Mapping[str, Origin]) -> None:
+    def __init__(
+        self, root: type[Settings], origins: Mapping[str, Origin], left_behind: frozenset[str] = frozenset()
+    ) -> None:
         self.root = root
         self.origins = origins
+        self.left_behind = left_behind
         self.faults: list[str] = []
         self.faulty: set[str] = set()  # keys whose value is not what the user meant: nothing is concluded from them
         self.unknown: list[str] = []
@@ -226,7 +230,8 @@ class _Builder:
     def unknown_keys(self) -> list[str]:
         """Report the keys that no chosen variant has, each with the key that was probably meant."""
         known = dict(keys(self.root, self.chosen))
-        return [f"unknown key {key} ({self._where(key)}){self._advice(key, known)}" for key in self.unknown]
+        told = [key for key in self.unknown if not (self._is_left_behind(key) and self._other_variant(key, known))]
+        return [f"unknown key {key} ({self._where(key)}){self._advice(key, known)}" for key in told]
 
     def missing_keys(self) -> list[str]:
         """Report the keys that must be given and are not, save those for which a fault was reported."""
@@ -238,15 +243,26 @@ class _Builder:
     def _advice(self, key: str, known: Mapping[str, FieldInfo]) -> str:
         if key in self.root.foreign_keys:
             return self._meant(self.root.foreign_keys[key])
-        for path, cls in self.chosen.items():
-            for tag, other in by_tag(sections(known[path])).items():
-                if other is not cls and key.startswith(f"{path}.") and key in dict(keys(other, None, f"{path}.")):
-                    mine = f"{path}.{TAG}={tag_of(cls)}"
-                    return f"; it belongs to {path}.{TAG}={tag}, not to {mine}: remove it, or change the type"
+        if variant := self._other_variant(key, known):
+            path, tag = variant
+            mine = f"{path}.{TAG}={tag_of(self.chosen[path])}"
+            return f"; it belongs to {path}.{TAG}={tag}, not to {mine}: remove it, or change the type"
         leaf = key.rpartition(".")[2]
         same_leaf = [k for k in known if k.rpartition(".")[2] == leaf]
         near = get_close_matches(key, same_leaf, 1, 0.0) or get_close_matches(key, known, 1)
         return self._meant(near[0]) if near else "; --help lists the keys"
+
+    def _is_left_behind(self, key: str) -> bool:
+        written = [k for k in self.origins if k == key or k.startswith(f"{key}.")]
+        return bool(written) and self.left_behind.issuperset(written)
+
+    def _other_variant(self, key: str, known: Mapping[str, FieldInfo]) -> tuple[str, str] | None:
+        """A section whose chosen variant lacks the key, and the type of one that has it."""
+        for path, cls in self.chosen.items():
+            for tag, other in by_tag(sections(known[path])).items():
+                if other is not cls and key.startswith(f"{path}.") and key in dict(keys(other, None, f"{path}.")):
+                    return path, tag
+        return None
 
     def _meant(self, key: str) -> str:
         self.faulty.add(key)

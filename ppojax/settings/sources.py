@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -23,11 +23,15 @@ class Origin(NamedTuple):
 
 
 class Sources(NamedTuple):
-    """The merged values as nested dicts, where each was written, and what could not be read."""
+    """The merged values as nested dicts, where each was written, and what could not be read.
+
+    `left_behind` are the keys of a section that were written before a later source gave it another `type`.
+    """
 
     values: dict[str, Any]
     origins: dict[str, Origin]
     faults: list[str]
+    left_behind: frozenset[str] = frozenset()
 
 
 def read_sources(arguments: Iterable[str], flags: Sequence[str] = ()) -> Sources:
@@ -49,7 +53,34 @@ def read_sources(arguments: Iterable[str], flags: Sequence[str] = ()) -> Sources
         layers.append((file, _read_file(file, origins, faults)))
     for key, text in overrides:
         layers.append((f"{key}={text} ({COMMAND_LINE})", _read_override(key, text, origins, faults)))
-    return Sources(_merge(layers, origins, faults), origins, faults)
+    return Sources(_merge(layers, origins, faults), origins, faults, _left_behind([layer for _, layer in layers]))
+
+
+def _left_behind(layers: Sequence[Any]) -> frozenset[str]:
+    written: dict[str, int] = {}
+    named: dict[str, Any] = {}
+    changed: dict[str, int] = {}  # sections -> the layer that gave another type
+    for number, layer in enumerate(layers):
+        for key, value in _leaves(OmegaConf.to_container(OmegaConf.create(layer))):
+            written[key] = number
+            section, _, name = key.rpartition(".")
+            if name == "type":
+                if named.setdefault(section, value) != value:
+                    changed[section] = number
+                named[section] = value
+    return frozenset(
+        key
+        for key, number in written.items()
+        if any(key.startswith(f"{section}.") and number < at for section, at in changed.items())
+    )
+
+
+def _leaves(tree: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for name, value in tree.items():
+        if isinstance(value, Mapping) and value:
+            yield from _leaves(value, f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}", value
 
 
 def _merge(layers: list[tuple[str, Any]], origins: Mapping[str, Origin], faults: list[str]) -> dict[str, Any]:
