@@ -6,7 +6,7 @@ The model of configs/tiny.yaml (16 prompts x 8 episodes). Speed: each answer to 
 at the same time; both modes in turn, twice, in one process, medians of the steps that begin after everything has been
 compiled and the first episodes have been played. The prediction is made from the sync steps alone: with G seconds for
 writing, W for waiting and U for the rest, on one core G + max(W, U) over G + W + U. Learning: configs/tiny.yaml as it
-is, to its end. Results go to benchmarks/results/asynchrony/cpu.json.
+is, to its end. Results go to benchmarks/results/asynchrony/cpu.json, beside those of other naps and seeds there.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from ppojax.trainer.evaluation import evaluate_greedy
 
 ROOT = Path(__file__).resolve().parent.parent
 MODES = ("sync", "one_step_off")
-TIMES = ("step", "gen", "env_wait", "gen_wait", "update_actor", "update_critic")
+TIMES = ("step", "cpu", "gen", "env_wait", "gen_wait", "values", "update_actor", "update_critic")
 
 
 class SlowEnv:
@@ -57,9 +57,16 @@ class Slow(Calculator):
         return SlowEnv(super().make(), self.nap_s)
 
 
+def timed(trainer: Trainer) -> dict[str, float]:
+    """What a step logs, and the processor's seconds that passed during it, in all threads."""
+    start = time.process_time()
+    metrics = trainer.step().metrics
+    return metrics | {"timing_s/cpu": time.process_time() - start}
+
+
 def speed(nap_s: float, steps: int) -> dict[str, Any]:
     """Seconds of steps in both modes, and their ratio, predicted and measured."""
-    plain = Config.load("config=configs/tiny.yaml", "warm_start=null", "rollout.workers=128")
+    plain = Config.load("config=configs/tiny.yaml", "warm_start=null", "rollout.workers=128", "steps=99")
     plain = plain.model_copy(update={"env": Slow(**plain.env.model_dump(), nap_s=nap_s)})
     trainers = {
         mode: Trainer(plain.model_copy(update={"rollout": plain.rollout.model_copy(update={"mode": mode})}))
@@ -68,7 +75,7 @@ def speed(nap_s: float, steps: int) -> dict[str, Any]:
     seen: dict[str, list[dict[str, float]]] = {mode: [] for mode in MODES}
     for _ in range(2):
         for mode, trainer in trainers.items():
-            seen[mode] += [trainer.step().metrics for _ in range(steps + 2)][2:]
+            seen[mode] += [timed(trainer) for _ in range(steps + 2)][2:]
             trainer.close()
     seconds = {
         mode: {t: statistics.median(m[f"timing_s/{t}"] for m in rows) for t in TIMES if f"timing_s/{t}" in rows[0]}
@@ -80,7 +87,7 @@ def speed(nap_s: float, steps: int) -> dict[str, Any]:
         "measured": seconds["one_step_off"]["step"] / whole,
     }
     print(f"nap {nap_s} s: {ratio}  {seconds}", flush=True)
-    return {"seconds": seconds, "ratio": ratio}
+    return {"steps": 2 * steps, "seconds": seconds, "ratio": ratio}
 
 
 def learning(mode: str, seed: int) -> dict[str, Any]:
@@ -110,15 +117,16 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=6)
     parser.add_argument("--seeds", type=int, nargs="*", default=[0, 1, 2])
     settings = parser.parse_args()
+    path = ROOT / "benchmarks" / "results" / "asynchrony" / "cpu.json"
+    before: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {"speed": {}, "learning": {}}
     result: dict[str, Any] = {
         "machine": {"cpu": platform.processor() or platform.machine(), "cores": len(os.sched_getaffinity(0))},
         "versions": {"python": platform.python_version(), "jax": jax.__version__},
         "date": date.today().isoformat(),
-        "settings": vars(settings),
-        "speed": {str(nap): speed(nap, settings.steps) for nap in settings.naps},
-        "learning": {mode: {str(seed): learning(mode, seed) for seed in settings.seeds} for mode in MODES},
+        "speed": before["speed"] | {str(nap): speed(nap, settings.steps) for nap in settings.naps},
+        "learning": before["learning"]
+        | {f"{mode} seed {seed}": learning(mode, seed) for seed in settings.seeds for mode in MODES},
     }
-    path = ROOT / "benchmarks" / "results" / "asynchrony" / "cpu.json"
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(result, indent=1) + "\n")
 
