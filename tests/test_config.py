@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import yaml
 
 from ppojax.advantages import GAE
 from ppojax.config import Config
@@ -15,7 +16,9 @@ from ppojax.settings import help_text
 from ppojax.settings.foreign import FOREIGN_KEYS
 from ppojax.settings.schema import keys, sections
 
-CONFIGS = sorted((Path(__file__).parent.parent / "configs").glob("*.yaml"))
+FOLDER = Path(__file__).parent.parent / "configs"
+CONFIGS = sorted(FOLDER.glob("*.yaml"))
+RECIPES = sorted((FOLDER / "recipes").glob("*.yaml"))
 BASE = ("env.type=calculator", "model.path=smollm2")
 FRESH = ("env.type=calculator", "model.fresh={}", "model.tokenizer=char", "critic.model.layers=4")
 
@@ -55,6 +58,13 @@ def test_shipped_configs_hold_together(file: Path, tmp_path: Path) -> None:
     resolved = tmp_path / "config.yaml"
     resolved.write_text(config.to_yaml())
     assert Config.load(f"config={resolved}") == config
+
+
+@pytest.mark.parametrize("file", RECIPES, ids=lambda file: file.stem)
+def test_recipes_go_behind_a_config_of_another_loss_and_advantage(file: Path) -> None:
+    alone = yaml.safe_load(file.read_text()).get("rollout", {}).get("group_size") == 1
+    for base in ("quickstart", "quickstart_grpo", "tiny"):
+        Config.load(f"config={FOLDER / base}.yaml,{file}", *(("rollout.prompts=128",) if alone else ()))
 
 
 def test_configs_are_shipped() -> None:
@@ -297,6 +307,12 @@ CONTRADICTIONS = [
         "advantage.ensemble.agreed=0.2 (command line), advantage.ensemble.disputed=0.0 (default), "
         "critic.count=1 (default): one critic does not disagree with itself; set critic.count to 2 or more, or "
         "advantage.ensemble.agreed=0 and advantage.ensemble.disputed=0",
+    ),
+    (
+        (*BASE, "advantage.ensemble.agreed=0.2", "critic.count=2", "critic.split=none", "critic.noise=0"),
+        "advantage.ensemble.agreed=0.2 (command line), advantage.ensemble.disputed=0.0 (default), critic.split=none "
+        "(command line), critic.noise=0.0 (command line): critics that start alike and learn from the same rows never "
+        "disagree; set critic.split=responses or prompts, or critic.noise",
     ),
     (
         (*BASE, "advantage.ensemble.disputed=0.2", "critic.count=2"),

@@ -316,6 +316,12 @@ def _ensemble(config: Config) -> Iterator[Contradiction]:
             "one critic does not disagree with itself",
             "set critic.count to 2 or more, or advantage.ensemble.agreed=0 and advantage.ensemble.disputed=0",
         )
+    if isinstance(advantage, GAE) and advantage.ensemble.on and critic.split == "none" and not critic.noise:
+        yield Contradiction(
+            ("advantage.ensemble.agreed", "advantage.ensemble.disputed", "critic.split", "critic.noise"),
+            "critics that start alike and learn from the same rows never disagree",
+            "set critic.split=responses or prompts, or critic.noise",
+        )
     dealt = {"prompts": ("rollout.prompts", rollout.prompts), "responses": ("rollout.group_size", rollout.group_size)}
     if critic.split in dealt:
         key, size = dealt[critic.split]
