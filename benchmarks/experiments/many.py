@@ -19,27 +19,16 @@ from typing import Any
 
 KEPT = (
     "reward/mean",
-    "reward/success",
-    "val/success",
     "actor/entropy",
     "actor/ppo_kl",
-    "actor/grad_norm",
     "actor/pg_clipfrac",
     "trust_region/masked_frac",
-    "trust_region/tv_mean",
     "trust_region/tv_max",
-    "trust_region/kl_mean",
     "sampling/logp_diff_mean",
-    "sampling/logp_diff_max",
     "critic/vf_explained_var",
-    "critic/value_std",
-    "response_length/mean",
     "compaction/segments_mean",
     "perf/total_num_tokens",
     "timing_s/step",
-    "timing_s/gen",
-    "timing_s/update_critic",
-    "timing_s/update_actor",
 )
 
 
@@ -112,18 +101,16 @@ def _one_after_another(folder: Path) -> None:
 
 
 def _read(run: Run, folder: Path) -> dict[str, Any]:
-    """A run's metrics, step by step; a run that ended early has fewer, and one that never began no exit code."""
-    rows, ended = [], folder / run.name / "exit.json"
+    """A run's metrics by step; a run that ended early has fewer, and one that never began no exit code."""
+    ended, path = folder / run.name / "exit.json", folder / run.name / "metrics.jsonl"
     code = json.loads(ended.read_text())["code"] if ended.is_file() else None
-    path = folder / run.name / "metrics.jsonl"
-    for line in path.read_text().splitlines() if path.is_file() else []:
-        row = json.loads(line)
-        rows.append({"step": row["step"], **{name: _short(row[name]) for name in KEPT if name in row}})
-    return {"method": run.method, "setting": run.setting, "seed": run.seed, "exit": code, "rows": rows}
+    rows = [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
+    columns = {name: [_short(row.get(name)) for row in rows] for name in KEPT if any(name in row for row in rows)}
+    return {"method": run.method, "setting": run.setting, "seed": run.seed, "exit": code, "columns": columns}
 
 
 def _short(x: float | None) -> float | None:
-    return None if x is None else float(f"{x:.5g}")
+    return None if x is None else float(f"{x:.4g}")
 
 
 def write(path: Path, runs: list[dict[str, Any]], about: dict[str, Any]) -> None:

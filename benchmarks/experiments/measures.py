@@ -24,11 +24,12 @@ class Run:
     setting: str
     seed: int
     exit: int | None
-    rows: Sequence[Mapping[str, Any]]
+    columns: Mapping[str, Sequence[float | None]]
 
     def series(self, name: str) -> np.ndarray:
         """A metric by step, NaN where it is not there."""
-        return np.array([np.nan if row.get(name) is None else row[name] for row in self.rows], float)
+        steps = len(next(iter(self.columns.values()), ()))
+        return np.array([np.nan if x is None else x for x in self.columns.get(name, [None] * steps)], float)
 
 
 Measure = Callable[[Run], float]
@@ -48,7 +49,7 @@ def stretches(x: np.ndarray, window: int = WINDOW) -> np.ndarray:
 
 def at_end(name: str, window: int = WINDOW) -> Measure:
     """The mean of a metric over the last steps."""
-    return lambda run: float(np.mean(run.series(name)[-window:])) if len(run.rows) else np.nan
+    return lambda run: float(np.mean(run.series(name)[-window:])) if run.columns else np.nan
 
 
 def throughout(*names: str) -> Measure:
@@ -63,8 +64,18 @@ def throughout(*names: str) -> Measure:
 
 def collapsed(run: Run) -> float:
     """1 where the reward of the last stretch is below half of the best one's, or the run did not end well."""
+    if not run.columns:
+        return 1.0
     mean = stretches(run.series("reward/mean"))
     return float(run.exit != 0 or mean[-1] < FALLEN * mean.max())
+
+
+def fell(run: Run) -> float:
+    """1 where five steps somewhere are below half of the best five before them, whether it comes back or not."""
+    if not run.columns:
+        return 1.0
+    mean = stretches(run.series("reward/mean"), 5)
+    return float(np.any(mean < FALLEN * np.maximum.accumulate(mean)))
 
 
 def over_seeds(runs: Sequence[Run], measure: Measure) -> Estimate:

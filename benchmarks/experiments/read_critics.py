@@ -40,7 +40,7 @@ def table(runs: Sequence[Run], methods: Sequence[str], horizon: str) -> str:
     for method in methods:
         seeds = of(runs, method, horizon)
         mine = seconds(seeds)
-        in_time = min(len(seeds[0].rows), int(len(baseline[0].rows) * clock / mine))
+        in_time = min(len(seeds[0].series(REWARD)), int(len(baseline[0].series(REWARD)) * clock / mine))
         end = at_end(REWARD)
         won = probability_of_improvement(*(np.array([end(r) for r in side]) for side in (seeds, baseline)),
                                          *(np.zeros(len(side), np.int64) for side in (seeds, baseline)))  # fmt: skip
@@ -74,7 +74,7 @@ def draw(runs: Sequence[Run], methods: Sequence[str], horizons: Sequence[str], p
     axes[0, 0].set_ylabel("reward")
     axes[1, 0].set_ylabel("reward")
     figure.tight_layout()
-    figure.savefig(path, dpi=110)
+    figure.savefig(path, dpi=80)
 
 
 def main() -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import matplotlib
 import numpy as np
-from measures import Run, at_end, collapsed, of, over_seeds, read, text, throughout
+from measures import Run, at_end, collapsed, fell, of, over_seeds, read, text, throughout
 
 matplotlib.use("agg")
 from matplotlib import pyplot as plt
@@ -24,10 +24,10 @@ COLUMNS = {
 
 def table(runs: Sequence[Run], methods: Sequence[str], level: str) -> str:
     """Markdown: a line for each method, an interquartile mean and its interval for each measure."""
-    lines = [f"| {level} | collapsed | {' | '.join(COLUMNS)} |", "|---" * (len(COLUMNS) + 2) + "|"]
+    lines = [f"| {level} | fell | stayed down | {' | '.join(COLUMNS)} |", "|---" * (len(COLUMNS) + 3) + "|"]
     for method in methods:
         seeds = of(runs, method, level)
-        fallen = f"{sum(collapsed(run) for run in seeds):.0f} of {len(seeds)}"
+        fallen = " | ".join(f"{sum(map(count, seeds)):.0f} of {len(seeds)}" for count in (fell, collapsed))
         cells = [text(over_seeds(seeds, measure), 2 if "reward" in name else 3) for name, measure in COLUMNS.items()]
         lines.append(f"| {method} | {fallen} | {' | '.join(cells)} |")
     return "\n".join(lines)
@@ -46,7 +46,7 @@ def draw(runs: Sequence[Run], methods: Sequence[str], levels: Sequence[str], pat
     for axis in axes[-1]:
         axis.set_xlabel("step")
     figure.tight_layout()
-    figure.savefig(path, dpi=110)
+    figure.savefig(path, dpi=70)
 
 
 def curves(axis: Axes, seeds: Sequence[Run]) -> None:
