@@ -382,7 +382,7 @@ def predict(
     if model.count > 1:
         assert key is None, "an ensemble drops nothing: its members take their keys alone"
         trained, frozen = split(params, model.lora)
-        parts = jax.vmap(lambda p: predict(model.member, combine(frozen, p), experience, layout))(trained)
+        parts = jax.lax.map(lambda p: predict(model.member, combine(frozen, p), experience, layout), trained)
         return jax.tree.map(lambda x: x[:, 0], parts)
     assert model.head is not None, "a policy has no values"
     seen, layout = with_hints(experience._replace(routed_BTLK=None), layout)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import partial
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -33,8 +34,9 @@ def critic_step(
     """Take one optimizer step of the value regression on a minibatch.
 
     Critics of an ensemble are so many lone critics: each has its own rows, gradient, clipping and optimizer state, and
-    may be refused alone. Metrics are means over them. `frozen` are the weights beside adapters, the same for all.
-    With a `key` adapters drop inputs, each critic's its own (`model.lora.dropout`).
+    may be refused alone. They take their steps one after another, in the memory of one. Metrics are means over them.
+    `frozen` are the weights beside adapters, the same for all. With a `key` adapters drop inputs, each critic's its own
+    (`model.lora.dropout`).
     """
     transform = config.build_optimizer()
     one = partial(
@@ -49,8 +51,8 @@ def critic_step(
         state, metrics = one(state, batch, key)
     else:
         key_M = None if key is None else jax.random.split(key, model.count)
-        dealt = _deal(batch, model.count, config.split)
-        state, metrics = jax.vmap(one, in_axes=(0, _axes(batch), 0))(state, dealt, key_M)
+        own_M = _deal(batch, model.count, config.split)
+        state, metrics = jax.lax.map(lambda x: one(x[0], _dealt(batch, x[1]), x[2]), (state, own_M, key_M))
         metrics = {name: jnp.mean(value) for name, value in metrics.items()}
     return jax.lax.with_sharding_constraint(state, state_shardings(model, transform, mesh)), metrics
 
@@ -83,8 +85,16 @@ def _step(
     return state, finish(metrics | {f"critic/{name}": m for name, m in applied.items()})
 
 
-def _deal(batch: Batch, count: int, split: Split) -> Batch:
-    """Give every critic of an ensemble its values, its targets and its actions, on a leading axis.
+class _Own(NamedTuple):
+    """What of a batch is a critic's own, on a leading axis over critics."""
+
+    action_BT: jax.Array
+    value_MBT: jax.Array | None
+    return_MBT: jax.Array | None
+
+
+def _deal(batch: Batch, count: int, split: Split) -> _Own:
+    """Give every critic of an ensemble its values, its targets and its actions.
 
     `prompts`: critic m learns from the groups g with g % M = m; `responses`: from the episodes e with e % M = m, which
     are every M-th of each group (AsyPPO, arXiv 2510.01656, splits each prompt's responses without overlap).
@@ -96,12 +106,10 @@ def _deal(batch: Batch, count: int, split: Split) -> Batch:
         mine_MB = owner_B[None, :] % count == jnp.arange(count, dtype=jnp.int32)[:, None]
         action_MBT = action_MBT & mine_MB[:, :, None]
     value_MBT = None if e.value_MBT is None else e.value_MBT[:, None]
-    returns_MBT = None if batch.return_MBT is None else batch.return_MBT[:, None]
-    return batch._replace(experience=e._replace(action_BT=action_MBT, value_MBT=value_MBT), return_MBT=returns_MBT)
+    return _Own(action_MBT, value_MBT, None if batch.return_MBT is None else batch.return_MBT[:, None])
 
 
-def _axes(batch: Batch) -> Batch:
-    """Which arrays of a dealt batch are each critic's own."""
-    shared = jax.tree.map(lambda _: None, batch)
-    experience = shared.experience._replace(action_BT=0, value_MBT=None if batch.experience.value_MBT is None else 0)
-    return shared._replace(experience=experience, return_MBT=None if batch.return_MBT is None else 0)
+def _dealt(batch: Batch, own: _Own) -> Batch:
+    """The batch of one critic."""
+    experience = batch.experience._replace(action_BT=own.action_BT, value_MBT=own.value_MBT)
+    return batch._replace(experience=experience, return_MBT=own.return_MBT)
