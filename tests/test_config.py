@@ -218,6 +218,29 @@ CONTRADICTIONS = [
         "already; set rollout.max_staleness to the steps that they are to be old, and rollout.mismatch.stale_steps=0",
     ),
     (
+        (*FRESH, "mesh.tensor=4", "critic.mesh.data=2"),
+        "critic.mesh.data=2 (command line), critic.mesh.fsdp=1 (default), critic.mesh.expert=1 (default), "
+        "critic.mesh.tensor=1 (default), mesh.data=1 (default), mesh.fsdp=1 (default), mesh.expert=1 (default), "
+        "mesh.tensor=4 (command line): the critics' mesh has 2 devices and the trainer's 4, and they are to be the "
+        "same; make the product of critic.mesh 4, or set critic.mesh=null",
+    ),
+    (
+        (*FRESH, "model.fresh.kv_heads=2", "mesh.data=4", "critic.mesh.tensor=4"),
+        "critic.mesh.tensor=4 (command line), model.fresh.kv_heads=2 (command line): "
+        "kv_heads is split over critic.mesh.tensor and does not divide; critic.mesh.tensor may be 1, 2",
+    ),
+    (
+        (*BASE, "critic.model.type=fresh", "critic.model.shape.ffn=6", "mesh.data=4", "critic.mesh.tensor=4"),
+        "critic.mesh.tensor=4 (command line), critic.model.shape.ffn=6 (command line): "
+        "ffn is split over critic.mesh.tensor and does not divide; critic.mesh.tensor may be 1, 2, 3, 6",
+    ),
+    (
+        (*BASE, "mesh.tensor=16", "critic.mesh.data=16"),
+        "update.microbatch_rows=8 (default), critic.mesh.data=16 (command line), critic.mesh.fsdp=1 (default), "
+        "critic.mesh.expert=1 (default): the rows of a microbatch are not split evenly over 16 devices; "
+        "update.microbatch_rows may be 16, 32",
+    ),
+    (
         (*BASE, "rollout.top_k=5", "rollout.record_hidden=true"),
         "rollout.top_k=5 (command line), rollout.top_p=1.0 (default), rollout.min_p=0.0 (default), "
         "rollout.record_hidden=true (command line): hidden states do not tell what was cut off the distribution, and "

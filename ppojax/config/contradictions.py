@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING
 from ppojax.advantages import GAE, Group
 from ppojax.config.bounds import bounds
 from ppojax.config.sampling import sampling
+from ppojax.config.meshes import critic_mesh, divisors, meshes, split, uneven
 from ppojax.losses import DPPO
 from ppojax.losses.policy import PolicyLoss
-from ppojax.mesh import AXES, MeshConfig
 from ppojax.models.settings import CutCritic, FreshCritic, FreshSpec
 from ppojax.models.value_head import HLGaussHead
 from ppojax.settings import Contradiction
@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 def contradictions(config: Config) -> Iterator[Contradiction]:
     """List them."""
     yield from _model(config)
+    yield from meshes(config)
     yield from _rows(config)
     yield from _tokens(config)
     yield from _history(config)
@@ -96,13 +97,14 @@ def _model(config: Config) -> Iterator[Contradiction]:
                 "a model from scratch brings no tokenizer",
                 "set model.tokenizer=char",
             )
-        yield from _shape(config, model.fresh, "model.fresh")
+        yield from _shape(model.fresh, "model.fresh")
         if config.rollout.record_experts and model.fresh.moe is None:
             yield Contradiction(
                 ("rollout.record_experts", "model.fresh.moe"),
                 "a dense model has no experts whose choice could be replayed",
                 "set rollout.record_experts=null, or model.fresh.moe.experts",
             )
+        yield from split(config.mesh, "mesh", model.fresh, "model.fresh")
     elif model.tokenizer is not None:
         yield Contradiction(
             ("model.path", "model.tokenizer"),
@@ -117,7 +119,7 @@ def _model(config: Config) -> Iterator[Contradiction]:
         )
 
 
-def _shape(config: Config, shape: FreshSpec, key: str) -> Iterator[Contradiction]:
+def _shape(shape: FreshSpec, key: str) -> Iterator[Contradiction]:
     if shape.width % (2 * shape.heads):
         yield Contradiction(
             (f"{key}.width", f"{key}.heads"),
@@ -128,32 +130,12 @@ def _shape(config: Config, shape: FreshSpec, key: str) -> Iterator[Contradiction
         yield Contradiction(
             (f"{key}.heads", f"{key}.kv_heads"),
             "each key/value head serves the same number of heads",
-            f"kv_heads may be {_divisors(shape.heads)}",
+            f"kv_heads may be {divisors(shape.heads)}",
         )
-    yield from _split(config.mesh, "mesh", shape, key)
-
-
-def _split(mesh: MeshConfig, where: str, shape: FreshSpec, key: str) -> Iterator[Contradiction]:
-    split = [
-        ("fsdp", mesh.fsdp, shape.width, "width"),
-        ("tensor", mesh.tensor, shape.heads, "heads"),
-        ("tensor", mesh.tensor, shape.kv_heads, "kv_heads"),
-        ("tensor", mesh.tensor, shape.ffn, "ffn"),
-    ]
-    if shape.moe is not None:
-        split.append(("tensor", mesh.tensor, shape.moe.ffn, "moe.ffn"))
-        split.append(("expert", mesh.expert, shape.moe.experts, "moe.experts"))
-    for axis, parts, size, name in split:
-        if size % parts:
-            yield Contradiction(
-                (f"{where}.{axis}", f"{key}.{name}"),
-                f"{name} is split over {where}.{axis} and does not divide",
-                f"{where}.{axis} may be {_divisors(size)}",
-            )
 
 
 def _rows(config: Config) -> Iterator[Contradiction]:
-    rollout, update, mesh = config.rollout, config.update, config.mesh
+    rollout, update = config.rollout, config.update
     counted = ("rollout.prompts", "rollout.group_size")
     if isinstance(config.advantage, Group) and config.advantage.baseline != "none" and rollout.group_size == 1:
         yield Contradiction(
@@ -167,25 +149,21 @@ def _rows(config: Config) -> Iterator[Contradiction]:
         yield Contradiction(
             (*counted, "update.minibatches"),
             f"{rollout.rows} episodes a step are not dealt out evenly",
-            f"update.minibatches may be {_divisors(rollout.rows)}",
+            f"update.minibatches may be {divisors(rollout.rows)}",
         )
     elif rows % update.microbatch_rows:
         yield Contradiction(
             (*counted, "update.minibatches", "update.microbatch_rows"),
             f"the {rows} rows of a minibatch are not cut evenly",
-            f"update.microbatch_rows may be {_divisors(rows, mesh.row_shards)}",
+            f"update.microbatch_rows may be {divisors(rows, config.mesh.row_shards)}",
         )
-    elif update.microbatch_rows % mesh.row_shards:
-        yield Contradiction(
-            ("update.microbatch_rows", "mesh.data", "mesh.fsdp", "mesh.expert"),
-            f"the rows of a microbatch are not split evenly over {mesh.row_shards} devices",
-            f"update.microbatch_rows may be {_divisors(rows, mesh.row_shards)}",
-        )
+    elif faults := list(uneven(config, rows)):
+        yield from faults
     elif update.shared_prefix and update.microbatch_rows % rollout.group_size:
         yield Contradiction(
             ("update.microbatch_rows", "rollout.group_size"),
             f"a microbatch would tear groups of {rollout.group_size} episodes that share their prompt",
-            f"update.microbatch_rows may be {_divisors(rows, rollout.group_size)}, or set update.shared_prefix=false",
+            f"update.microbatch_rows may be {divisors(rows, rollout.group_size)}, or set update.shared_prefix=false",
         )
 
 
@@ -229,15 +207,6 @@ def _slots(config: Config) -> Iterator[Contradiction]:
             "the sampler has devices of its own, and nothing says how many",
             "set rollout.mesh.data (or another axis), or rollout.devices=shared",
         )
-    if rollout.devices == "shared" and mesh.size != config.mesh.size:
-        yield Contradiction(
-            tuple(f"{key}.{axis}" for key in (where, "mesh") for axis in AXES),
-            f"the sampler's mesh has {mesh.size} devices and the trainer's {config.mesh.size}, and they are to be the "
-            "same",
-            f"make the product of rollout.mesh {config.mesh.size}, or set rollout.mesh=null or rollout.devices=own",
-        )
-    if rollout.mesh is not None and config.model.fresh is not None:
-        yield from _split(rollout.mesh, "rollout.mesh", config.model.fresh, "model.fresh")
     if rollout.cuts and config.loss.records != NO_RECORDS:
         yield Contradiction(
             ("rollout.top_k", "rollout.top_p", "rollout.min_p", "loss.support", "loss.compare_supports"),
@@ -281,7 +250,10 @@ def _critic(config: Config) -> Iterator[Contradiction]:
             f"set critic.model.layers to {fresh.layers} or less",
         )
     if isinstance(critic.model, FreshCritic):
-        yield from _shape(config, critic.model.shape, "critic.model.shape")
+        yield from _shape(critic.model.shape, "critic.model.shape")
+        own = critic_mesh(config)
+        where, mesh = ("mesh", config.mesh) if own is None else ("critic.mesh", own)
+        yield from split(mesh, where, critic.model.shape, "critic.model.shape")
     yield from _ensemble(config)
     yield from _frozen(config)
     yield from bounds(config)
@@ -347,9 +319,3 @@ def _warm_start(config: Config) -> Iterator[Contradiction]:
             f"demonstrations are not split evenly over {config.mesh.row_shards} devices",
             f"make warm_start.rows a multiple of {config.mesh.row_shards}",
         )
-
-
-def _divisors(n: int, multiple_of: int = 1) -> str:
-    """List the divisors of n that are multiples of a number: `1, 2, 4`."""
-    divisors = [d for d in range(1, n + 1) if n % d == 0 and d % multiple_of == 0]
-    return ", ".join(map(str, divisors)) or f"nothing: make {n} a multiple of {multiple_of}"

@@ -53,12 +53,17 @@ def join_rows(x: jax.Array, group: int = 1) -> jax.Array:
 @partial(jax.jit, static_argnames=("mesh",))
 def take_rows(tree: Rows, index: jax.Array, *, mesh: jax.sharding.Mesh) -> Rows:
     """Select rows by index, and split them over the mesh as the whole batch is."""
+    return map_rows(lambda x, axis: _over_rows(jnp.take(x, index, axis=axis), axis, mesh), tree)
 
-    def take(x: jax.Array, axis: int) -> jax.Array:
-        rows = sharding(mesh, (None,) * axis + ("rows",))
-        return jax.lax.with_sharding_constraint(jnp.take(x, index, axis=axis), rows)
 
-    return map_rows(take, tree)
+@partial(jax.jit, static_argnames=("mesh",))
+def move_rows(tree: Rows, *, mesh: jax.sharding.Mesh) -> Rows:
+    """Lay rows out as another mesh of the same devices, in the same order, wants them: between actor and critics."""
+    return map_rows(lambda x, axis: _over_rows(x, axis, mesh), tree)
+
+
+def _over_rows(x: jax.Array, axis: int, mesh: jax.sharding.Mesh) -> jax.Array:
+    return jax.lax.with_sharding_constraint(x, sharding(mesh, (None,) * axis + ("rows",)))
 
 
 def minibatches(

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from ppojax.experience.batch import without_records
-from ppojax.experience.minibatch import join_rows, split_rows
+from ppojax.experience.minibatch import join_rows, move_rows, split_rows
 from ppojax.models.forward import ModelDef, Params, action_states, score_tokens, values
 from ppojax.types import Experience, Layout
 
@@ -40,18 +40,21 @@ def score(
     from the same computation. Where the sampler's experts are recorded, policy and reference both replay them: their
     difference is then one of weights, and zero at the start. With `hidden_ref` the reference policy's hidden states at
     the actions are kept, `hidden_ref_BAD`, and its log-probabilities only where `logp_ref` says so.
+
+    Critics with a mesh of their own read the rows there, and their values come back to the actor's.
     """
-    filled = _score(
-        scorers,
-        without_records(experience),  # a compiled function would copy what it only hands through
-        actor=actor,
-        critic=critic,
-        layout=layout,
-        temperature=temperature,
-        microbatch_rows=microbatch_rows,
-        logp_ref=not hidden_ref if logp_ref is None else logp_ref,
-        hidden_ref=hidden_ref,
+    how = partial(
+        _score, actor=actor, critic=critic, layout=layout, temperature=temperature, microbatch_rows=microbatch_rows
     )
+    asked = {"logp_ref": not hidden_ref if logp_ref is None else logp_ref, "hidden_ref": hidden_ref}
+    rows = without_records(experience)  # a compiled function would copy what it only hands through
+    if critic is None or critic.mesh == actor.mesh:
+        filled = how(scorers, rows, **asked)
+    else:
+        assert critic.mesh is not None and actor.mesh is not None
+        filled = how(scorers._replace(critic=None), rows, **asked)
+        read = how(Scorers(critic=scorers.critic), move_rows(rows, mesh=critic.mesh), logp_ref=False, hidden_ref=False)
+        filled = filled._replace(value_MBT=move_rows(read, mesh=actor.mesh).value_MBT)
     return filled._replace(recorded=experience.recorded)
 
 

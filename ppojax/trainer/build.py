@@ -74,6 +74,12 @@ class Parts:
         """Devices of the trainer and the sampler."""
         return len({*self.mesh.devices.flat, *self.collector.sampler.mesh.devices.flat})
 
+    @property
+    def critic_mesh(self) -> jax.sharding.Mesh:
+        """Where the critics are read and trained: the devices of `mesh`, perhaps in another order of axes."""
+        assert self.critic is not None and self.critic.mesh is not None
+        return self.critic.mesh
+
 
 @dataclass
 class States:
@@ -137,8 +143,9 @@ def _tasks(config: Config) -> tuple[Sequence[Task], Sequence[Task]]:
 
 
 def build_critic(config: Config, actor: Loaded, mesh: jax.sharding.Mesh) -> tuple[ModelDef, Params, TrainState]:
-    """Make the critics, place what of them is frozen, and start their optimizer."""
+    """Make the critics on their mesh (`mesh` is the actor's), place what is frozen, and start their optimizer."""
     settings = config.critic
+    mesh = mesh if settings.mesh is None else settings.mesh.rearrange(mesh)
     key = purpose_key(config.seed, OUTSIDE, INIT_CRITIC)
     form = CriticForm(settings.head, settings.count, settings.noise, settings.lora, config.model.base_dtype)
     critic, params = load_critic(settings.model, actor, key, form)
@@ -233,10 +240,11 @@ def greedy(collector: Collector) -> Collector:
 
 
 def _check_mesh(config: Config, model: ModelDef) -> None:
-    sizes, sampling = model.spec.axis_sizes(), config.rollout.mesh
-    faults = config.mesh.check_divides(sizes)
-    if sampling is not None and model.head is None:
-        faults += sampling.check_divides(sizes, "rollout.mesh")
+    """Check what of the model its meshes split."""
+    sizes, meshes = model.spec.axis_sizes(), {"mesh": config.mesh, "rollout.mesh": config.rollout.mesh}
+    if model.head is not None:
+        meshes = {"mesh": config.mesh} if config.critic.mesh is None else {"critic.mesh": config.critic.mesh}
+    faults = [f for key, mesh in meshes.items() if mesh is not None for f in mesh.check_divides(sizes, key)]
     if faults:
         raise ConfigError("; ".join(faults))
 

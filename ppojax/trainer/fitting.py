@@ -15,6 +15,7 @@ from ppojax.advantages.chain import Chains
 from ppojax.config import Config
 from ppojax.errors import DataError
 from ppojax.experience.batch import make_batch
+from ppojax.experience.minibatch import move_rows
 from ppojax.experience.pack import bucketed, pack
 from ppojax.experience.score import Scorers, score
 from ppojax.experience.summary import to_go
@@ -136,16 +137,17 @@ class _Fit:
 
     def step(self, rows: list[Row]) -> float:
         """Take one optimizer step on these rows; return the loss before it."""
-        config = self._config
+        config, mesh = self._config, self.model.mesh
+        assert mesh is not None
         batch = self._batch(rows)
         self.state, metrics = critic_step(
             self.state,
-            batch,
+            batch if mesh == self._mesh else move_rows(batch, mesh=mesh),
             model=self.model,
             config=config.critic,
             layout=Layout(),
             microbatch_rows=config.update.microbatch_rows,
-            mesh=self._mesh,
+            mesh=mesh,
             frozen=self._base,
         )
         return float(metrics["critic/loss"])

@@ -8,7 +8,7 @@ import numpy as np
 from ppojax.config import Config
 from ppojax.errors import DivergedError
 from ppojax.experience.batch import without_records
-from ppojax.experience.minibatch import minibatches, put_back
+from ppojax.experience.minibatch import minibatches, move_rows, put_back
 from ppojax.models.forward import Heads
 from ppojax.trainer.build import DROP_ACTOR, DROP_CRITIC, Parts, States, dropout_key, noise_key
 from ppojax.types import Batch, Layout, TokenTrace, TrainState
@@ -25,10 +25,12 @@ def update_critic(
     Raises:
         DivergedError: too many updates in a row had gradients that are not finite.
     """
-    batch, done = batch._replace(experience=without_records(batch.experience)), []
+    batch, done, mesh = batch._replace(experience=without_records(batch.experience)), [], parts.critic_mesh
+    if mesh != parts.mesh:
+        batch = move_rows(batch, mesh=mesh)
     for epoch in range(config.update.epochs * config.critic.updates):
         seed = (config.seed, number, epoch, 1)
-        for minibatch in minibatches(batch, config.update.minibatches, seed, layout.group, parts.mesh):
+        for minibatch in minibatches(batch, config.update.minibatches, seed, layout.group, mesh):
             assert parts.critic is not None and states.critic is not None
             states.critic, metrics = critic_step(
                 states.critic,
@@ -37,7 +39,7 @@ def update_critic(
                 config=config.critic,
                 layout=layout,
                 microbatch_rows=config.update.microbatch_rows,
-                mesh=parts.mesh,
+                mesh=mesh,
                 frozen=parts.critic_base,
                 key=dropout_key(parts.critic, config.seed, number, DROP_CRITIC, len(done)),
             )

@@ -11,6 +11,7 @@ from ppojax.component import Component
 from ppojax.lazy import jax, jnp, optax
 from ppojax.losses import ValueLoss
 from ppojax.losses.router import RouterLoss
+from ppojax.mesh import MeshConfig
 from ppojax.models.lora import LoRAConfig
 from ppojax.models.perturb import NAME, Perturb
 from ppojax.models.settings import CriticModelConfig, CutCritic
@@ -119,6 +120,11 @@ class CriticConfig(Component):
 
     model: CriticModelConfig = Field(default=CutCritic(), description="where the critic comes from")
     head: ValueHead = Field(default=LinearHead(), description="how a value is read off the critic, and fitted")
+    mesh: MeshConfig | None = Field(
+        default=None,
+        description="the actor's devices in another order of axes, for the critics: a small critic may have rows over "
+        "data where the actor is split over fsdp or tensor; null: mesh",
+    )
     optimizer: OptimizerConfig = Field(
         default=OptimizerConfig(learning_rate=1e-5), description="the critic's optimizer"
     )

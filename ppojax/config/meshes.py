@@ -1,0 +1,78 @@
+"""Which meshes cannot lay out which shapes, and which cannot stand beside each other."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+from ppojax.mesh import AXES, RULES, MeshConfig
+from ppojax.models.settings import CutCritic, FreshSpec
+from ppojax.settings import Contradiction
+
+if TYPE_CHECKING:
+    from ppojax.config.root import Config
+
+
+def meshes(config: Config) -> Iterator[Contradiction]:
+    """List what is wrong with the sampler's and the critics' meshes."""
+    fresh, sampling, reading = config.model.fresh, config.rollout.mesh, critic_mesh(config)
+    if sampling is not None:
+        if config.rollout.devices == "shared":
+            yield from _same_devices(config, sampling, "rollout.mesh", "the sampler's", " or rollout.devices=own")
+        if fresh is not None:
+            yield from split(sampling, "rollout.mesh", fresh, "model.fresh")
+    if reading is not None:
+        yield from _same_devices(config, reading, "critic.mesh", "the critics'")
+        if fresh is not None and isinstance(config.critic.model, CutCritic):
+            yield from split(reading, "critic.mesh", fresh, "model.fresh")
+
+
+def critic_mesh(config: Config) -> MeshConfig | None:
+    """The mesh that critics have for themselves; None where there are no critics, too."""
+    return config.critic.mesh if config.advantage.needs_values else None
+
+
+def _same_devices(config: Config, mesh: MeshConfig, where: str, whose: str, or_else: str = "") -> Iterator[Contradiction]:
+    if mesh.size != config.mesh.size:
+        yield Contradiction(
+            tuple(f"{key}.{axis}" for key in (where, "mesh") for axis in AXES),
+            f"{whose} mesh has {mesh.size} devices and the trainer's {config.mesh.size}, and they are to be the same",
+            f"make the product of {where} {config.mesh.size}, or set {where}=null{or_else}",
+        )
+
+
+def split(mesh: MeshConfig, where: str, shape: FreshSpec, key: str) -> Iterator[Contradiction]:
+    """List the dimensions of a shape that a mesh does not divide."""
+    sizes = [
+        ("fsdp", mesh.fsdp, shape.width, "width"),
+        ("tensor", mesh.tensor, shape.heads, "heads"),
+        ("tensor", mesh.tensor, shape.kv_heads, "kv_heads"),
+        ("tensor", mesh.tensor, shape.ffn, "ffn"),
+    ]
+    if shape.moe is not None:
+        sizes.append(("tensor", mesh.tensor, shape.moe.ffn, "moe.ffn"))
+        sizes.append(("expert", mesh.expert, shape.moe.experts, "moe.experts"))
+    for axis, parts, size, name in sizes:
+        if size % parts:
+            yield Contradiction(
+                (f"{where}.{axis}", f"{key}.{name}"),
+                f"{name} is split over {where}.{axis} and does not divide",
+                f"{where}.{axis} may be {divisors(size)}",
+            )
+
+
+def uneven(config: Config, rows: int) -> Iterator[Contradiction]:
+    """Say so where the rows of a microbatch, of the `rows` of a minibatch, do not split over a mesh."""
+    for where, mesh in (("mesh", config.mesh), ("critic.mesh", critic_mesh(config))):
+        if mesh is not None and config.update.microbatch_rows % mesh.row_shards:
+            yield Contradiction(
+                ("update.microbatch_rows", *(f"{where}.{axis}" for axis in RULES["rows"])),
+                f"the rows of a microbatch are not split evenly over {mesh.row_shards} devices",
+                f"update.microbatch_rows may be {divisors(rows, mesh.row_shards)}",
+            )
+
+
+def divisors(n: int, multiple_of: int = 1) -> str:
+    """List the divisors of n that are multiples of a number: `1, 2, 4`."""
+    found = [d for d in range(1, n + 1) if n % d == 0 and d % multiple_of == 0]
+    return ", ".join(map(str, found)) or f"nothing: make {n} a multiple of {multiple_of}"
