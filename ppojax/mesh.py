@@ -34,6 +34,11 @@ RULES: Mapping[str, tuple[str, ...]] = {
 }
 
 
+# Of an optimizer that is spread over data too, the moments: there they are needed in the update only, where each device
+# makes its part of the new parameters (ZeRO stage 1, arXiv 1910.02054).
+SPREAD: Mapping[str, tuple[str, ...]] = {**RULES, "embed": ("fsdp", "data")}
+
+
 class MeshConfig(Component):
     """Devices along each mesh axis; their product is the number of devices used."""
 
@@ -86,11 +91,13 @@ class MeshConfig(Component):
         """Lay the devices of another mesh of this size out as this one, in the same order."""
         return jax.sharding.Mesh(mesh.devices.reshape(self.shape), AXES, axis_types=mesh.axis_types)
 
-    def check_divides(self, sizes: Mapping[str, int], key: str = "mesh") -> list[str]:
+    def check_divides(
+        self, sizes: Mapping[str, int], key: str = "mesh", rules: Mapping[str, tuple[str, ...]] = RULES
+    ) -> list[str]:
         """Name each logical dimension that its mesh axes do not divide, with the legal sizes (empty when all do)."""
         faults = []
         for name, size in sizes.items():
-            axes = RULES[name.split()[0]]
+            axes = rules[name.split()[0]]
             parts = 1
             for axis in axes:
                 parts *= self.axis_size(axis)
@@ -101,10 +108,27 @@ class MeshConfig(Component):
         return faults
 
 
-def sharding(mesh: jax.sharding.Mesh, logical: tuple[str | None, ...]) -> jax.sharding.NamedSharding:
+def sharding(
+    mesh: jax.sharding.Mesh, logical: tuple[str | None, ...], rules: Mapping[str, tuple[str, ...]] = RULES
+) -> jax.sharding.NamedSharding:
     """Turn the logical axes of an array into its sharding; axes without a rule are replicated."""
-    spec = [RULES.get(name) if name else None for name in logical]
+    spec = [rules.get(name) if name else None for name in logical]
     return jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(*spec))
+
+
+def row_shards(mesh: jax.sharding.Mesh) -> int:
+    """Number of parts into which the rows of a batch are split."""
+    return math.prod(mesh.shape[axis] for axis in RULES["rows"])
+
+
+def assert_even(what: str, count: int, mesh: jax.sharding.Mesh | None) -> None:
+    """Assert that what goes over the rows' axes splits evenly.
+
+    XLA would fill it up, and where a dimension of the other operand lies over `tensor` its filler has been found in the
+    gradient of an embedding (jax 0.10.2, on CPU).
+    """
+    shards = 1 if mesh is None else row_shards(mesh)
+    assert count % shards == 0, f"{count} {what} do not split over {shards} devices"
 
 
 def replicated(mesh: jax.sharding.Mesh) -> jax.sharding.NamedSharding:

@@ -21,6 +21,7 @@ CONFIGS = sorted(FOLDER.glob("*.yaml"))
 RECIPES = sorted((FOLDER / "recipes").glob("*.yaml"))
 BASE = ("env.type=calculator", "model.path=smollm2")
 FRESH = ("env.type=calculator", "model.fresh={}", "model.tokenizer=char", "critic.model.layers=4")
+ALONE = "update.shared_prefix=false"
 
 
 def faults(*arguments: str) -> list[str]:
@@ -141,7 +142,7 @@ CONTRADICTIONS = [
         "each key/value head serves the same number of heads; kv_heads may be 1, 2, 4",
     ),
     (
-        (*FRESH, "model.fresh.width=136", "mesh.fsdp=16", "update.microbatch_rows=16", "rollout.prompts=16"),
+        (*FRESH, ALONE, "model.fresh.width=136", "mesh.fsdp=16", "update.microbatch_rows=16", "rollout.prompts=16"),
         "mesh.fsdp=16 (command line), model.fresh.width=136 (command line): "
         "width is split over mesh.fsdp and does not divide; mesh.fsdp may be 1, 2, 4, 8, 17, 34, 68, 136",
     ),
@@ -191,12 +192,12 @@ CONTRADICTIONS = [
         "prompt in its row; raise rollout.max_tokens or lower rollout.max_turn_tokens",
     ),
     (
-        (*FRESH, "model.fresh.kv_heads=2", "mesh.data=4", "rollout.mesh.tensor=4"),
+        (*FRESH, ALONE, "model.fresh.kv_heads=2", "mesh.data=4", "rollout.mesh.tensor=4"),
         "rollout.mesh.tensor=4 (command line), model.fresh.kv_heads=2 (command line): "
         "kv_heads is split over rollout.mesh.tensor and does not divide; rollout.mesh.tensor may be 1, 2",
     ),
     (
-        (*BASE, "mesh.data=4", "rollout.mesh.tensor=2"),
+        (*BASE, ALONE, "mesh.data=4", "rollout.mesh.tensor=2"),
         "rollout.mesh.data=1 (default), rollout.mesh.fsdp=1 (default), rollout.mesh.expert=1 (default), "
         "rollout.mesh.tensor=2 (command line), mesh.data=4 (command line), mesh.fsdp=1 (default), "
         "mesh.expert=1 (default), mesh.tensor=1 (default): the sampler's mesh has 2 devices and the trainer's 4, and "
@@ -225,12 +226,12 @@ CONTRADICTIONS = [
         "same; make the product of critic.mesh 4, or set critic.mesh=null",
     ),
     (
-        (*FRESH, "model.fresh.kv_heads=2", "mesh.data=4", "critic.mesh.tensor=4"),
+        (*FRESH, ALONE, "model.fresh.kv_heads=2", "mesh.data=4", "critic.mesh.tensor=4"),
         "critic.mesh.tensor=4 (command line), model.fresh.kv_heads=2 (command line): "
         "kv_heads is split over critic.mesh.tensor and does not divide; critic.mesh.tensor may be 1, 2",
     ),
     (
-        (*BASE, "critic.model.type=fresh", "critic.model.shape.ffn=6", "mesh.data=4", "critic.mesh.tensor=4"),
+        (*BASE, ALONE, "critic.model.type=fresh", "critic.model.shape.ffn=6", "mesh.data=4", "critic.mesh.tensor=4"),
         "critic.mesh.tensor=4 (command line), critic.model.shape.ffn=6 (command line): "
         "ffn is split over critic.mesh.tensor and does not divide; critic.mesh.tensor may be 1, 2, 3, 6",
     ),
@@ -239,6 +240,13 @@ CONTRADICTIONS = [
         "update.microbatch_rows=8 (default), critic.mesh.data=16 (command line), critic.mesh.fsdp=1 (default), "
         "critic.mesh.expert=1 (default): the rows of a microbatch are not split evenly over 16 devices; "
         "update.microbatch_rows may be 16, 32",
+    ),
+    (
+        (*BASE, "mesh.data=4"),
+        "update.microbatch_rows=8 (default), rollout.group_size=4 (default), mesh.data=4 (command line), "
+        "mesh.fsdp=1 (default), mesh.expert=1 (default): rows that share a prompt stay on one device, and the 2 "
+        "groups of a microbatch are not split evenly over 4 devices; update.microbatch_rows may be 16, 32, or set "
+        "update.shared_prefix=false",
     ),
     (
         (*BASE, "rollout.top_k=5", "rollout.record_hidden=true"),
@@ -393,7 +401,7 @@ CONTRADICTIONS = [
         "float32; set model.lora.rank for adapters, or model.base_dtype=float32",
     ),
     (
-        (*BASE, "warm_start.rows=6", "mesh.data=4"),
+        (*BASE, ALONE, "warm_start.rows=6", "mesh.data=4"),
         "warm_start.rows=6 (command line), mesh.data=4 (command line), mesh.fsdp=1 (default), mesh.expert=1 (default): "
         "demonstrations are not split evenly over 4 devices; make warm_start.rows a multiple of 4",
     ),

@@ -150,7 +150,13 @@ def fault(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str
 
 
 LOADED = ("model.fresh=null", "model.tokenizer=null")
-MANY = ("mesh.data=16", "update.microbatch_rows=16", "rollout.prompts=16", "warm_start=null")
+MANY = (
+    "mesh.data=16",
+    "update.microbatch_rows=16",
+    "rollout.prompts=16",
+    "update.shared_prefix=false",
+    "warm_start=null",
+)
 HEADS = ("model.fresh.heads=4", "model.fresh.kv_heads=4")
 REFUSED = [
     (("actor.optimizer.learning_rte=1",), 2, "unknown key actor.optimizer.learning_rte (command line); did you mean"),

@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING
 
 from ppojax.advantages import GAE, Group
 from ppojax.config.bounds import bounds
+from ppojax.config.meshes import critic_mesh, divisors, idle, meshes, split, uneven
 from ppojax.config.sampling import sampling
-from ppojax.config.meshes import critic_mesh, divisors, meshes, split, uneven
 from ppojax.losses import DPPO
 from ppojax.losses.policy import PolicyLoss
 from ppojax.models.settings import CutCritic, FreshCritic, FreshSpec
@@ -165,6 +165,8 @@ def _rows(config: Config) -> Iterator[Contradiction]:
             f"a microbatch would tear groups of {rollout.group_size} episodes that share their prompt",
             f"update.microbatch_rows may be {divisors(rows, rollout.group_size)}, or set update.shared_prefix=false",
         )
+    elif update.shared_prefix:
+        yield from idle(config, rows)
 
 
 def _tokens(config: Config) -> Iterator[Contradiction]:

@@ -32,7 +32,9 @@ def critic_mesh(config: Config) -> MeshConfig | None:
     return config.critic.mesh if config.advantage.needs_values else None
 
 
-def _same_devices(config: Config, mesh: MeshConfig, where: str, whose: str, or_else: str = "") -> Iterator[Contradiction]:
+def _same_devices(
+    config: Config, mesh: MeshConfig, where: str, whose: str, or_else: str = ""
+) -> Iterator[Contradiction]:
     if mesh.size != config.mesh.size:
         yield Contradiction(
             tuple(f"{key}.{axis}" for key in (where, "mesh") for axis in AXES),
@@ -69,6 +71,20 @@ def uneven(config: Config, rows: int) -> Iterator[Contradiction]:
                 ("update.microbatch_rows", *(f"{where}.{axis}" for axis in RULES["rows"])),
                 f"the rows of a microbatch are not split evenly over {mesh.row_shards} devices",
                 f"update.microbatch_rows may be {divisors(rows, mesh.row_shards)}",
+            )
+
+
+def idle(config: Config, rows: int) -> Iterator[Contradiction]:
+    """Say so where the prompts of a microbatch, each read once for its group, do not split over a mesh."""
+    group, prompts = config.rollout.group_size, config.update.microbatch_rows // config.rollout.group_size
+    for where, mesh in (("mesh", config.mesh), ("critic.mesh", critic_mesh(config))):
+        if mesh is not None and prompts % mesh.row_shards:
+            yield Contradiction(
+                ("update.microbatch_rows", "rollout.group_size", *(f"{where}.{axis}" for axis in RULES["rows"])),
+                f"rows that share a prompt stay on one device, and the {prompts} groups of a microbatch are not split "
+                f"evenly over {mesh.row_shards} devices",
+                f"update.microbatch_rows may be {divisors(rows, group * mesh.row_shards)}, or set "
+                "update.shared_prefix=false",
             )
 
 

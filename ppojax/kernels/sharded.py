@@ -17,7 +17,7 @@ from ppojax.kernels import tiled
 from ppojax.kernels.rows import Residuals, Split
 from ppojax.kernels.sweeps import XLA, Ask, Normal, Sweeps
 from ppojax.kernels.tiled import Inputs, Plan, Saved
-from ppojax.mesh import RULES
+from ppojax.mesh import RULES, row_shards
 from ppojax.types import TokenStats
 
 (VOCABULARY,) = RULES["vocab"]
@@ -35,9 +35,7 @@ def token_stats(
     rows_per_tile: int | None = None,
 ) -> TokenStats:
     """Compute `ppojax.kernels.token_stats` on a mesh; its `tensor` axis must divide the vocabulary."""
-    shards = 1
-    for axis in ROWS:
-        shards *= mesh.shape[axis]
+    shards = row_shards(mesh)
     rows = inputs.hidden_ND.shape[0]
     padded = _map_rows(lambda x: jnp.pad(x, [(0, -rows % shards)] + [(0, 0)] * (x.ndim - 1)), inputs)
     local = _map_rows(lambda x: jax.ShapeDtypeStruct((x.shape[0] // shards, *x.shape[1:]), x.dtype), padded)

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
-from ppojax.mesh import RULES
+from ppojax.mesh import RULES, row_shards
 from ppojax.models.experts import EXPERT_WEIGHTS, Sorting, apply_experts, combine, deal, pick, run_experts
 from ppojax.models.grouped import Method
 from ppojax.models.spec import Activation
@@ -59,7 +59,7 @@ def over_mesh(
         return jax.lax.psum(y, "tensor") if mesh.shape["tensor"] > 1 else y
 
     # Filler rows, up to an even split, belong to no expert.
-    N, shards = x_ND.shape[0], _row_shards(mesh)
+    N, shards = x_ND.shape[0], row_shards(mesh)
     rows = PartitionSpec(ROWS, None)
     spread = jax.shard_map(
         local,
@@ -71,13 +71,6 @@ def over_mesh(
     fill = ((0, -N % shards), (0, 0))
     padded = (jnp.pad(x_ND, fill), jnp.pad(expert_NK, fill, constant_values=E), jnp.pad(weight_NK, fill))
     return spread(*padded, dict(weights))[:N]
-
-
-def _row_shards(mesh: jax.sharding.Mesh) -> int:
-    shards = 1
-    for axis in ROWS:
-        shards *= mesh.shape[axis]
-    return shards
 
 
 def _spec(name: str) -> PartitionSpec:

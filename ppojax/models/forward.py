@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import lru_cache, partial
 from typing import Any, NamedTuple
@@ -13,7 +13,7 @@ from flax import nnx
 
 from ppojax.actions import at_actions, to_tokens
 from ppojax.kernels import cap_logits, token_stats
-from ppojax.mesh import sharding
+from ppojax.mesh import RULES, assert_even, sharding
 from ppojax.models.attention import KeyValue, Packing
 from ppojax.models.critic import Critic
 from ppojax.models.decoder import Decoder, Hidden
@@ -116,7 +116,7 @@ def abstract_params(model: ModelDef) -> Params:
     return nnx.to_pure_dict(_structure(model)[1])
 
 
-def param_shardings(model: ModelDef, mesh: jax.sharding.Mesh) -> Params:
+def param_shardings(model: ModelDef, mesh: jax.sharding.Mesh, rules: Mapping[str, tuple[str, ...]] = RULES) -> Params:
     """The sharding of each parameter on a mesh, from the logical axes that it declares."""
     state = _structure(model)[1]
     axes = jax.tree.map(lambda v: v.get_metadata("axes"), state, is_leaf=lambda v: isinstance(v, nnx.Variable))
@@ -124,7 +124,7 @@ def param_shardings(model: ModelDef, mesh: jax.sharding.Mesh) -> Params:
     members = () if model.count == 1 else (None,)
 
     def place(axes: Params, before: tuple = ()) -> Params:
-        return jax.tree.map(lambda a: sharding(mesh, before + a), axes, is_leaf=lambda a: isinstance(a, tuple))
+        return jax.tree.map(lambda a: sharding(mesh, before + a, rules), axes, is_leaf=lambda a: isinstance(a, tuple))
 
     return combine(place(frozen), place(trained, members))
 
@@ -214,6 +214,7 @@ def read_rows(
         return Read(before_BTD, jnp.zeros_like(experience.prefix_B), routing)
     prefix, group, prefix_B = layout.prefix, layout.group, experience.prefix_B
     B, R = token_BT.shape[0], token_BT.shape[1] - prefix
+    assert_even("groups", B // group, model.mesh)
     position_BR = prefix_B[:, None] + jnp.arange(R, dtype=jnp.int32)[None, :]
     response_BR = jnp.take_along_axis(token_BT, position_BR, axis=1)
 

@@ -15,7 +15,7 @@ EXPERTS = ("model.fresh.moe.experts=8", "model.fresh.moe.chosen=2", "model.fresh
 @pytest.mark.parametrize(
     "arguments",
     [
-        ("mesh.data=2", "mesh.expert=2", "actor.router.balance=0.01"),
+        ("mesh.data=2", "mesh.expert=2", "update.shared_prefix=false", "actor.router.balance=0.01"),
         pytest.param(("rollout.record_experts=false", "critic.count=2"), marks=pytest.mark.slow),
         pytest.param(("model.dtype=bfloat16", "mesh.expert=2", "mesh.tensor=2"), marks=pytest.mark.slow),
     ],

@@ -4,13 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from itertools import product
+from math import prod
 
 import numpy as np
 
 from helpers import random_rows
 from ppojax.experience.pack import layout_of, pack
-from ppojax.mesh import MeshConfig, shard_rows
+from ppojax.mesh import AXES, MeshConfig, shard_rows
 from ppojax.types import Batch, Ending, Layout, Row
+
+
+def meshes_of(devices: int, tensor: int) -> dict[str, MeshConfig]:
+    """Every mesh of so many devices, by its shape, with at most `tensor` of them along the axis of that name."""
+    shapes = (shape for shape in product(range(1, devices + 1), repeat=4) if prod(shape) == devices)
+    return {"x".join(map(str, s)): MeshConfig(**dict(zip(AXES, s, strict=True))) for s in shapes if s[-1] <= tensor}
 
 
 def minibatch_rows(seed: int = 0) -> list[Row]:

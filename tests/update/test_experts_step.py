@@ -9,23 +9,26 @@ from typing import Any
 import jax
 import numpy as np
 import pytest
-from random_batch import minibatch, minibatch_rows
+from random_batch import meshes_of, minibatch, minibatch_rows
 
 from moe_model import SPECS, drawn
 from ppojax.losses import DPPO
 from ppojax.losses.router import RouterLoss
 from ppojax.mesh import MeshConfig
 from ppojax.models.forward import ModelDef
+from ppojax.models.value_head import LinearHead
 from ppojax.types import Row
 from ppojax.update.actor import actor_step
-from ppojax.update.settings import OptimizerConfig
+from ppojax.update.critic import critic_step
+from ppojax.update.settings import CriticConfig, OptimizerConfig
 from ppojax.update.state import init_state
 
 # DeepSeek's experts under plain attention, one block: it is the step that is looked at.
 SPEC = SPECS["qwen3_moe"].model_copy(
-    update={"layers": 1, "moe": SPECS["deepseek_v3"].moe.model_copy(update={"dense_first": 0})}
+    update={"layers": 1, "kv_heads": 4, "moe": SPECS["deepseek_v3"].moe.model_copy(update={"dense_first": 0})}
 )
 OPTIMIZER = OptimizerConfig(learning_rate=1.0, eps=1.0, max_grad_norm=1e6)
+CRITIC_CONFIG = CriticConfig(optimizer=OPTIMIZER)
 BALANCED = RouterLoss(balance=0.1, z=0.01)
 
 
@@ -40,23 +43,37 @@ def recorded_rows() -> list[Row]:
 
 
 def step(
-    mesh: MeshConfig | None, *, share: bool = False, replay: bool = True, rows: int = 8, router: RouterLoss = BALANCED
+    mesh: MeshConfig | None,
+    *,
+    share: bool = False,
+    replay: bool = True,
+    rows: int = 8,
+    router: RouterLoss = BALANCED,
+    critic: bool = False,
 ) -> tuple[Any, dict[str, float]]:
-    """What one step moves each parameter by, and its metrics."""
+    """What one step moves each parameter by, and its metrics: of the policy, or of a critic of the same shape."""
     built = (mesh or MeshConfig()).build()
-    model, start = ModelDef(SPEC, mesh=built), drawn(SPEC)
     batch, layout = minibatch(mesh, share, rows=recorded_rows() if replay else minibatch_rows())
-    state, metrics, _ = actor_step(
-        init_state(model, start, OPTIMIZER.build(), built), batch, model=model, loss=DPPO(), optimizer=OPTIMIZER,
-        temperature=1.0, layout=layout, microbatch_rows=rows, mesh=built, router=router,
-    )  # fmt: skip
+    how = {"layout": layout, "microbatch_rows": rows, "mesh": built}
+    if critic:
+        model = ModelDef(SPEC, mesh=built, head=LinearHead())
+        start = {"trunk": drawn(SPEC), "value_head": jax.random.normal(jax.random.key(9), (SPEC.width + 1, 1))}
+        given = init_state(model, start, CRITIC_CONFIG.build_optimizer(), built)
+        state, metrics = critic_step(given, batch, model=model, config=CRITIC_CONFIG, **how)
+    else:
+        model, start = ModelDef(SPEC, mesh=built), drawn(SPEC)
+        given = init_state(model, start, OPTIMIZER.build(), built)
+        state, metrics, _ = actor_step(
+            given, batch, model=model, loss=DPPO(), optimizer=OPTIMIZER, temperature=1.0, router=router, **how
+        )
+    assert all(x.is_deleted() for x in jax.tree.leaves(given))
     moved = jax.tree.map(lambda a, b: np.asarray(a) - np.asarray(b), state.params, start)
     return moved, {name: float(value) for name, value in metrics.items()}
 
 
 @lru_cache
-def reference() -> tuple[Any, dict[str, float]]:
-    return step(None)
+def reference(critic: bool = False) -> tuple[Any, dict[str, float]]:
+    return step(None, critic=critic)
 
 
 def assert_same(got: tuple[Any, dict[str, float]], want: tuple[Any, dict[str, float]]) -> None:
@@ -67,16 +84,20 @@ def assert_same(got: tuple[Any, dict[str, float]], want: tuple[Any, dict[str, fl
 
 
 @pytest.mark.parametrize(
-    "mesh",
+    ("mesh", "critic"),
     [
-        pytest.param(MeshConfig(data=2, expert=2, tensor=2), marks=pytest.mark.slow),
-        pytest.param(MeshConfig(fsdp=2, expert=4), marks=pytest.mark.slow),
-        pytest.param(MeshConfig(fsdp=2, tensor=2), marks=pytest.mark.slow),
+        pytest.param(
+            *(m, critic),
+            id=f"{name}-{'critic' if critic else 'actor'}",
+            marks=() if name == "1x2x2x2" and not critic else pytest.mark.slow,
+        )
+        for name, m in meshes_of(8, tensor=4).items()
+        for critic in (False, True)
     ],
 )
-def test_meshes_change_nothing(mesh: MeshConfig) -> None:
+def test_meshes_change_nothing(mesh: MeshConfig, critic: bool) -> None:
     """Also the losses and metrics of the router, which are of all devices together."""
-    assert_same(step(mesh), reference())
+    assert_same(step(mesh, critic=critic), reference(critic))
 
 
 @pytest.mark.slow
