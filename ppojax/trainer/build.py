@@ -13,7 +13,7 @@ from ppojax.config import Config
 from ppojax.envs import Task
 from ppojax.errors import ConfigError, DataError
 from ppojax.kernels.dispatch import choose, platform_of
-from ppojax.mesh import replicated
+from ppojax.mesh import SPREAD, replicated
 from ppojax.models.critic_source import CriticForm, load_critic
 from ppojax.models.forward import ModelDef, Params
 from ppojax.models.lora import split
@@ -30,6 +30,7 @@ from ppojax.rollout.sampler import SamplerDef
 from ppojax.rollout.stop import stop_table
 from ppojax.runtime.allocator import keep_freed_memory
 from ppojax.types import NO_RECORDS, TrainState
+from ppojax.update.offload import check_host_memory, rest
 from ppojax.update.state import init_state, place_frozen
 
 # Purposes of randomness, and the "step" of what happens outside of steps.
@@ -117,8 +118,10 @@ def build(config: Config) -> tuple[Parts, States]:
     if perturb is not None:
         perturb.check(loaded.model.spec)
         trained = {**trained, NAME: perturb.start(loaded.model.spec)}
-    actor = init_state(loaded.model, trained, config.actor.build_optimizer(), mesh, donate=not critic_base)
-    states = States(actor, critic_state)
+    check_host_memory(config.actor.offload, "actor.offload", mesh)
+    optimizer, spread = config.actor.build_optimizer(), config.actor.optimizer.over_data
+    actor = init_state(loaded.model, trained, optimizer, mesh, donate=not critic_base, spread=spread)
+    states = States(rest(actor, config.actor.offload), critic_state)
     parts = Parts(
         mesh,
         loaded.tokenizer,
@@ -152,7 +155,10 @@ def build_critic(config: Config, actor: Loaded, mesh: jax.sharding.Mesh) -> tupl
     critic = replace(critic, mesh=mesh)
     _check_mesh(config, critic)
     trained, frozen = split(params, critic.lora)
-    return critic, place_frozen(critic, frozen, mesh), init_state(critic, trained, settings.build_optimizer(), mesh)
+    check_host_memory(settings.offload, "critic.offload", mesh)
+    optimizer, spread = settings.build_optimizer(), settings.optimizer.over_data
+    state = rest(init_state(critic, trained, optimizer, mesh, spread=spread), settings.offload)
+    return critic, place_frozen(critic, frozen, mesh), state
 
 
 def make_collector(config: Config, model: ModelDef, tokenizer: Tokenizer, mesh: jax.sharding.Mesh) -> Collector:
@@ -245,6 +251,11 @@ def _check_mesh(config: Config, model: ModelDef) -> None:
     if model.head is not None:
         meshes = {"mesh": config.mesh} if config.critic.mesh is None else {"critic.mesh": config.critic.mesh}
     faults = [f for key, mesh in meshes.items() if mesh is not None for f in mesh.check_divides(sizes, key)]
+    who, optimizer = ("actor", config.actor.optimizer) if model.head is None else ("critic", config.critic.optimizer)
+    if optimizer.over_data:
+        key, mesh = next(iter(meshes.items()))  # where it learns stands first
+        assert mesh is not None
+        faults += mesh.check_divides({f"embed ({who}.optimizer.over_data)": sizes["embed"]}, key, SPREAD)
     if faults:
         raise ConfigError("; ".join(faults))
 

@@ -28,6 +28,7 @@ from ppojax.trainer.build import build_critic
 from ppojax.trainer.held_out import restored
 from ppojax.types import Batch, Ending, Experience, Layout, Row, episodes_of
 from ppojax.update.critic import critic_step
+from ppojax.update.offload import wake
 
 PARTS = 5  # of a row, for which the explained variance is told apart
 Episode = list[Row]
@@ -121,7 +122,8 @@ class _Fit:
 
     def __init__(self, config: Config, actor: Loaded, mesh: jax.sharding.Mesh) -> None:
         self._config, self._mesh, self._actor = config, mesh, actor
-        self.model, self._base, self.state = build_critic(config, actor, mesh)
+        self.model, self._base, state = build_critic(config, actor, mesh)
+        self.state = wake(state)
 
     def dealt(self, episodes: Sequence[Episode], rng: np.random.Generator | None = None) -> Iterator[list[Row]]:
         """Deal episodes out as batches, shuffled where there is randomness; the rows of one stay together."""

@@ -30,6 +30,7 @@ from ppojax.trainer.player import Player
 from ppojax.trainer.updates import update_actor, update_critic
 from ppojax.trainer.warm_start import warm_start
 from ppojax.types import Batch, Experience, Layout, Rollout, Row, TokenTrace
+from ppojax.update.offload import wake
 
 
 @dataclass(frozen=True)
@@ -220,7 +221,7 @@ class Trainer:
         return Scorers(
             old=self.policy() if "logp_old" in self.config.needs else None,
             reference=None if self.reference is None else combine(base, self.reference),
-            critic=None if critic is None else combine(self.parts.critic_base, critic.params),
+            critic=None if critic is None else combine(self.parts.critic_base, wake(critic.params)),
         )
 
     def _weights_to_play(self) -> list[Params]:

@@ -14,6 +14,7 @@ from ppojax.trainer.build import DROP_ACTOR, DROP_CRITIC, Parts, States, dropout
 from ppojax.types import Batch, Layout, TokenTrace, TrainState
 from ppojax.update.actor import actor_step
 from ppojax.update.critic import critic_step
+from ppojax.update.offload import rest, wake
 from ppojax.update.state import skipped_in_a_row
 
 
@@ -28,12 +29,14 @@ def update_critic(
     batch, done, mesh = batch._replace(experience=without_records(batch.experience)), [], parts.critic_mesh
     if mesh != parts.mesh:
         batch = move_rows(batch, mesh=mesh)
+    assert parts.critic is not None and states.critic is not None
+    state = wake(states.critic)
+    states.critic = None  # the step takes its arrays over
     for epoch in range(config.update.epochs * config.critic.updates):
         seed = (config.seed, number, epoch, 1)
         for minibatch in minibatches(batch, config.update.minibatches, seed, layout.group, mesh):
-            assert parts.critic is not None and states.critic is not None
-            states.critic, metrics = critic_step(
-                states.critic,
+            state, metrics = critic_step(
+                state,
                 minibatch,
                 model=parts.critic,
                 config=config.critic,
@@ -44,8 +47,8 @@ def update_critic(
                 key=dropout_key(parts.critic, config.seed, number, DROP_CRITIC, len(done)),
             )
             done.append(metrics)
-    assert states.critic is not None
-    _check_finite("critic", states.critic, config.update.max_skipped)
+    states.critic = rest(state, config.critic.offload)
+    _check_finite("critic", state, config.update.max_skipped)
     return _average(done)
 
 
@@ -61,6 +64,7 @@ def update_actor(
         DivergedError: too many updates in a row had gradients that are not finite.
     """
     done, seed, traces = [], (), []
+    states.actor = wake(states.actor)
     for epoch in range(config.update.epochs):
         seed, traces = (config.seed, number, epoch, 0), []
         for minibatch in minibatches(batch, config.update.minibatches, seed, layout.group, parts.mesh):
@@ -83,6 +87,7 @@ def update_actor(
             )
             done.append(metrics)
             traces.append(trace)
+    states.actor = rest(states.actor, config.actor.offload)
     _check_finite("actor", states.actor, config.update.max_skipped)
     # Only before the first update is the gap to the sampler numerical; afterwards it is learning.
     first = {name: float(v) for name, v in done[0].items() if name.startswith("sampling/")}

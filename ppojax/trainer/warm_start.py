@@ -15,6 +15,7 @@ from ppojax.rollout.tasks import task_stream
 from ppojax.trainer.build import DROP_ACTOR, OUTSIDE, Parts, dropout_key
 from ppojax.types import Batch, Layout, TrainState
 from ppojax.update.actor import actor_step
+from ppojax.update.offload import rest
 from ppojax.update.settings import WarmStartConfig
 from ppojax.update.state import init_state, skipped_in_a_row
 
@@ -31,7 +32,8 @@ def warm_start(
     rng = np.random.default_rng((config.seed, settings.steps))
     stream = task_stream(parts.train_tasks, settings.rows, config.seed ^ 1)
     weights, deviations = apart(state.params)
-    state = init_state(parts.actor, weights, settings.optimizer.build(), parts.mesh)
+    optimizer, spread = settings.optimizer.build(), settings.optimizer.over_data
+    state = init_state(parts.actor, weights, optimizer, parts.mesh, spread=spread)
     actions = config.env.max_turns * config.rollout.max_turn_tokens
     losses = []
     for _ in range(settings.steps):
@@ -69,4 +71,6 @@ def warm_start(
             "warm_start: gradients were not finite at its end: lower warm_start.optimizer.learning_rate"
         )
     params = {**state.params, **deviations}
-    return init_state(parts.actor, params, config.actor.build_optimizer(), parts.mesh), [float(x) for x in losses]
+    optimizer, spread = config.actor.build_optimizer(), config.actor.optimizer.over_data
+    state = init_state(parts.actor, params, optimizer, parts.mesh, spread=spread)
+    return rest(state, config.actor.offload), [float(x) for x in losses]

@@ -114,7 +114,7 @@ def actor_step(
     assert trace is not None
     state, applied = apply_gradients(state, grads, weight, transform)
     state = jax.lax.with_sharding_constraint(
-        state, state_shardings(model, transform, mesh, perturbed=perturb is not None)
+        state, state_shardings(model, transform, mesh, perturbed=perturb is not None, spread=optimizer.over_data)
     )
     one = jnp.float32(1)
     metrics |= {"actor/loss": Mean(value, one), "actor/lr": Mean(rate, one)}

@@ -54,7 +54,8 @@ def critic_step(
         own_M = _deal(batch, model.count, config.split)
         state, metrics = jax.lax.map(lambda x: one(x[0], _dealt(batch, x[1]), x[2]), (state, own_M, key_M))
         metrics = {name: jnp.mean(value) for name, value in metrics.items()}
-    return jax.lax.with_sharding_constraint(state, state_shardings(model, transform, mesh)), metrics
+    shardings = state_shardings(model, transform, mesh, spread=config.optimizer.over_data)
+    return jax.lax.with_sharding_constraint(state, shardings), metrics
 
 
 def _step(

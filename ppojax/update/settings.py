@@ -18,6 +18,7 @@ from ppojax.models.settings import CriticModelConfig, CutCritic
 from ppojax.models.value_head import LinearHead, ValueHead
 
 Split = Literal["none", "prompts", "responses"]
+Offload = Literal["none", "optimizer", "all"]
 
 
 class OptimizerConfig(Component):
@@ -34,6 +35,11 @@ class OptimizerConfig(Component):
     eps: float = Field(default=1e-8, gt=0, description="added to the root of the second moment")
     weight_decay: float = Field(default=0.0, ge=0, description="decoupled weight decay")
     max_grad_norm: float = Field(default=1.0, gt=0, description="global norm to which gradients are clipped")
+    over_data: bool = Field(
+        default=False,
+        description="split the moments over mesh.data too, which otherwise holds them as often as the parameters (ZeRO "
+        "stage 1); mesh.fsdp x mesh.data then divides the model's width",
+    )
 
     def learning_rate_at(self, step: jax.Array) -> jax.Array:
         """Evaluate the schedule at an optimizer step, float32."""
@@ -89,6 +95,10 @@ class ActorConfig(Component):
 
     optimizer: OptimizerConfig = Field(default=OptimizerConfig(), description="the policy's optimizer")
     router: RouterLoss = Field(default=RouterLoss(), description="losses on the routers of a model with experts")
+    offload: Literal["none", "optimizer"] = Field(
+        default="none",
+        description="what rests in the host's memory but for the policy's own update: nothing, or the optimizer state",
+    )
     perturb: Perturb | None = Field(
         default=None,
         description="noise of learnable size on what each block reads, in the update only (ALP); null: none",
@@ -127,6 +137,11 @@ class CriticConfig(Component):
     )
     optimizer: OptimizerConfig = Field(
         default=OptimizerConfig(learning_rate=1e-5), description="the critic's optimizer"
+    )
+    offload: Offload = Field(
+        default="none",
+        description="what rests in the host's memory but for the critics' own update: nothing, the optimizer state, or "
+        "all (the parameters come back once more when rows are scored)",
     )
     head_lr_multiplier: float = Field(default=1.0, gt=0, description="learning rate of the new head, times the trunk's")
     loss: ValueLoss = Field(default=ValueLoss(), description="regression of the values on the returns")

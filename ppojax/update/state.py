@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, cast
 
 import chex
@@ -9,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from ppojax.mesh import replicated
+from ppojax.mesh import RULES, SPREAD, replicated
 from ppojax.models.forward import ModelDef, Params, param_shardings
 from ppojax.models.lora import split
 from ppojax.models.perturb import NAME
@@ -17,16 +18,25 @@ from ppojax.types import Mean, Metrics, TrainState
 
 
 def state_shardings(
-    model: ModelDef, optimizer: optax.GradientTransformation, mesh: jax.sharding.Mesh, *, perturbed: bool = False
+    model: ModelDef,
+    optimizer: optax.GradientTransformation,
+    mesh: jax.sharding.Mesh,
+    *,
+    perturbed: bool = False,
+    spread: bool = False,
 ) -> Any:
     """Shardings of a train state, in its shape: moments lie as their parameters do, counters everywhere.
 
     `perturbed`: the state has the deviations of noise beside the model's parameters (`ppojax.models.perturb`).
+    `spread`: moments are split over `data` as well (`OptimizerConfig.over_data`).
     """
-    params, _ = split(param_shardings(model, mesh), model.lora)
     everywhere = replicated(mesh)
-    if perturbed:
-        params = {**params, NAME: everywhere}
+
+    def lie(rules: Mapping[str, tuple[str, ...]]) -> Params:
+        trained, _ = split(param_shardings(model, mesh, rules), model.lora)
+        return {**trained, NAME: everywhere} if perturbed else trained
+
+    params = lie(RULES)
     abstract = jax.eval_shape(optimizer.init, jax.tree.map(lambda _: jnp.float32(0), params))
 
     def masked(leaf: Any) -> bool:
@@ -36,7 +46,7 @@ def state_shardings(
         optimizer.init,
         lambda leaf, s: leaf if masked(leaf) else s,
         abstract,
-        params,
+        lie(SPREAD) if spread else params,
         transform_non_params=lambda _: everywhere,
         is_leaf=masked,
     )
@@ -50,6 +60,7 @@ def init_state(
     mesh: jax.sharding.Mesh,
     *,
     donate: bool = False,
+    spread: bool = False,
 ) -> TrainState:
     """Place the parameters that are trained, float32, on the mesh and start the optimizer beside them.
 
@@ -58,7 +69,7 @@ def init_state(
 
     The state of an ensemble is the states of its critics, on a leading axis of every array.
     """
-    shardings = state_shardings(model, optimizer, mesh, perturbed=NAME in params)
+    shardings = state_shardings(model, optimizer, mesh, perturbed=NAME in params, spread=spread)
     placed = jax.device_put(jax.tree.map(lambda p: p.astype("float32"), params), shardings.params)
 
     def start(p: Params) -> TrainState:
