@@ -91,6 +91,7 @@ def _train(bundle: Sequence[Run], folder: Path, core: int) -> None:
 def _one_after_another(folder: Path) -> None:
     """In a process of its own: the runs that stand in the input."""
     from ppojax.cli import run_command
+    from ppojax.errors import ExitCode
     from ppojax.train import main
 
     for name, *arguments in json.load(sys.stdin):
@@ -98,6 +99,9 @@ def _one_after_another(folder: Path) -> None:
         where = [f"run.dir={folder}", f"run.name={name}", f"run.compilation_cache={folder / 'compiled'}"]
         code = run_command(main, [*arguments, *where, "run.tensorboard=false", "checkpoint.every=0"])
         print(f"{name}: exit {code}", flush=True)
+        if code == ExitCode.PREEMPTED:
+            (folder / name / "exit.json").unlink()  # it is to be played again
+            break
 
 
 def _read(run: Run, folder: Path) -> dict[str, Any]:
