@@ -27,7 +27,7 @@ LINES = (
     ("trainer", "cli", "viewer"),
     ("reporting", "planning"),
     ("sweeping",),
-    ("train", "critic_fit", "evaluate", "export", "report", "view", "sweep"),
+    ("train", "critic_fit", "evaluate", "export", "report", "view", "sweep", "plan"),
 )
 LEVEL = {name: level for level, names in enumerate(LINES) for name in names}
 
@@ -50,6 +50,9 @@ LATE_IMPORTS = {
     ("evaluate.py", "ppojax.trainer.held_out"),
     ("export.py", "ppojax.trainer.exporting"),
     ("view.py", "ppojax.viewer.app"),
+    ("plan.py", "ppojax.planning.advice"),
+    ("plan.py", "ppojax.planning.planner"),
+    ("plan.py", "ppojax.planning.table"),
 }
 # Environments and their tools are the user's code.
 BROAD_EXCEPTS = {"rollout/collect.py", "rollout/episode.py", "rollout/workers.py", "envs/user_code.py"}
@@ -179,7 +182,7 @@ def test_environments_never_reach_jax() -> None:
 
 
 @pytest.mark.parametrize(
-    "module", ["config", "cli", "train", "critic_fit", "evaluate", "export", "report", "view", "sweep"]
+    "module", ["config", "cli", "train", "critic_fit", "evaluate", "export", "report", "view", "sweep", "plan"]
 )
 def test_a_config_is_read_without_jax(module: str) -> None:
     assert numerical_imports(f"ppojax.{module}") == []

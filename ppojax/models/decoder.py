@@ -19,6 +19,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from ppojax.mesh import RULES, sharding
 from ppojax.models import parameters
 from ppojax.models.activation import gated
 from ppojax.models.attention import KeyValue, Masks, Packing, Scores, attention, masks
@@ -76,6 +77,17 @@ def rematerialised(block: Callable, remat: Remat) -> Callable:
     if remat == "dots":
         policy = policies.save_from_both_policies(policies.dots_with_no_batch_dims_saveable, policy)
     return jax.checkpoint(block, prevent_cse=False, policy=policy)
+
+
+def by_rows(x_BTD: jax.Array, mesh: jax.sharding.Mesh | None) -> jax.Array:
+    """Keep the stream between blocks split by rows alone, where they split evenly.
+
+    Otherwise it takes the embedding's split along the width, and XLA sums activations over fsdp instead of gathering
+    weights: 25 times the bytes in an update of 1.5B parameters on 8 devices, as compiled.
+    """
+    if mesh is None or mesh.size == 1 or x_BTD.shape[0] % math.prod(mesh.shape[axis] for axis in RULES["rows"]):
+        return x_BTD
+    return jax.lax.with_sharding_constraint(x_BTD, sharding(mesh, ("rows", None, None)))
 
 
 def block_kinds(spec: DecoderSpec) -> list[Kind]:
@@ -141,7 +153,7 @@ class Block:
         x_BTD = x_BTD + (self.norm("post_attn_norm", h) if self.spec.sandwich else h)
         h, routing = self.feed_forward(self.norm("mlp_norm", x_BTD), routed)
         x_BTD = x_BTD + (self.norm("post_mlp_norm", h) if self.spec.sandwich else h)
-        return x_BTD, (KeyValue(k, v), routing)
+        return by_rows(x_BTD, self.mesh), (KeyValue(k, v), routing)
 
     def project(self, name: str, x: jax.Array) -> jax.Array:
         """x w, and a bias and an adapter where there are. Every matrix outside of the experts is applied here."""
@@ -294,7 +306,7 @@ class Decoder(nnx.Module):
             keys = None if key_B is None else jax.vmap(lambda key: jax.random.fold_in(key, n))(key_B)
             return Block(spec, weight, valid_BT, mesh, flash, self.lora, keys)(x, sight, past, packing, routed)
 
-        x_BTD = self.embed[...][token_BT]
+        x_BTD = by_rows(self.embed[...][token_BT], mesh)
         if spec.embed_scale != 1.0:
             x_BTD = x_BTD * jnp.asarray(spec.embed_scale, x_BTD.dtype)
         stacks = [self.dense_layers, self.layers] if spec.moe is not None and spec.moe.dense_first else [self.layers]

@@ -87,8 +87,8 @@ def _visits(bodies: Mapping[str, list[str]], entry: str) -> dict[str, tuple[int,
         visits[name] = before[0] + times, before[1] or turn
         for line in bodies[name]:
             loop = " while(" in line
-            trips = _TRIPS.search(line) if loop else None
-            each = times * int(trips.group(1)) if trips else times
+            trips = _trips(line, bodies) if loop else None
+            each = times * (trips or 1)
             branches = [part for found in _BRANCHES.findall(line) for part in re.findall(r"[\w.\-]+", found)]
             for called in [*_CALLED.findall(line), *branches]:
                 if called in bodies and "=" in line:
@@ -96,6 +96,21 @@ def _visits(bodies: Mapping[str, list[str]], entry: str) -> dict[str, tuple[int,
 
     visit(entry, 1, False)
     return visits
+
+
+def _trips(line: str, bodies: Mapping[str, list[str]]) -> int | None:
+    """How often a loop goes round: as the compiler says, or by a condition that only compares with a constant."""
+    found = _TRIPS.search(line)
+    if found is not None:
+        return int(found.group(1))
+    condition = re.search(r"condition=%?([\w.\-]+)", line)
+    lines = list(bodies[condition.group(1)]) if condition is not None else []
+    for inner in [name for part in lines for name in _CALLED.findall(part)]:
+        lines += bodies.get(inner, [])
+    text = "\n".join(lines)
+    limits = re.findall(r"[su]32\[\](?:\{[^}]*\})? constant\((\d+)\)", text)
+    plain = "direction=LT" in text and not re.search(r" (and|or)\(", text)
+    return int(limits[0]) if plain and len(limits) == 1 else None
 
 
 def _read(line: str, mesh: Mapping[str, int]) -> Collective | None:

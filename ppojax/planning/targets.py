@@ -50,15 +50,15 @@ CHIPS = {
     ),
     "v5e": Chip(
         *("TPU v5 lite", "tpu", 197e12, 16 * 2.0**30, 0.819e12, 100 * GB, None, 8),
-        source="Cloud TPU documentation, v5e: 1600 Gb/s of ICI a chip over 4 links",
+        source="Cloud TPU documentation, v5e: 400 GB/s of ICI a chip in both directions, over 4 ports",
     ),
     "v5p": Chip(
         *("TPU v5", "tpu", 459e12, 95 * 2.0**30, 2.765e12, 200 * GB, None, 4),
-        source="Cloud TPU documentation, v5p: 4800 Gb/s of ICI a chip over 6 links",
+        source="Cloud TPU documentation, v5p: 1200 GB/s of ICI a chip in both directions, over 6 ports",
     ),
     "v6e": Chip(
-        *("TPU v6 lite", "tpu", 918e12, 32 * 2.0**30, 1.64e12, 224 * GB, None, 8),
-        source="Cloud TPU documentation, v6e: 3584 Gb/s of ICI a chip over 4 links",
+        *("TPU v6 lite", "tpu", 918e12, 32 * 2.0**30, 1.638e12, 200 * GB, None, 8),
+        source="Cloud TPU documentation, v6e: 800 GB/s of ICI a chip in both directions, over 4 ports",
     ),
     "cpu": Chip(
         *("cpu", "cpu", 0.2e12, 16 * 2.0**30, 20 * GB, 10 * GB, None, 4096),

@@ -55,7 +55,7 @@ def _host(target: Target) -> list[Any]:
 
 
 def _cuda(target: Target) -> list[Any]:
-    if importlib.util.find_spec("jax_plugins.xla_cuda13") is None:
+    if importlib.util.find_spec("jax_cuda13_plugin") is None:
         raise NoCompiler("jax's CUDA plugin is not installed: install ppojax[plan-cuda], which needs no GPU")
     os.environ.setdefault("JAX_SKIP_CUDA_CONSTRAINTS_CHECK", "1")  # the plugin looks for CUDA's libraries otherwise
     form = "x".join(map(str, (1, *target.sides)))

@@ -74,3 +74,8 @@ def workload_of(
         slots=settings.rows if settings.slots is None else settings.slots,
         positions=settings.max_tokens - 1,
     )
+
+
+def passes_of(work: Workload) -> float:
+    """Times that the loop of `decode` goes round in a step, with every slot in use."""
+    return -(-work.rows // work.slots) * float(work.written)

@@ -23,7 +23,7 @@ def sampler_params(params: Params, model: ModelDef) -> Params:
     leaves, tree = jax.tree_util.tree_flatten_with_path(params)
     places = jax.tree.leaves(param_shardings(model, model.mesh))
     wanted: list[Place] = [
-        (_narrower(leaf, compute_type(model, path)), place) for (path, leaf), place in zip(leaves, places, strict=True)
+        (narrower(leaf, compute_type(model, path)), place) for (path, leaf), place in zip(leaves, places, strict=True)
     ]
     out = [leaf for _, leaf in leaves]
     moved = [i for i, (leaf, place) in enumerate(zip(out, wanted, strict=True)) if not _lies(leaf, place)]
@@ -59,7 +59,8 @@ def sync(leaves: list[jax.Array], *, to: tuple[tuple[str, jax.sharding.Sharding]
     ]
 
 
-def _narrower(leaf: jax.Array, dtype: str | None) -> str:
+def narrower(leaf: jax.Array | jax.ShapeDtypeStruct, dtype: str | None) -> str:
+    """The type in which the sampler reads a parameter: its own, or the compute type where that is narrower."""
     kept = leaf.dtype.name
     return kept if dtype is None or jax.numpy.dtype(dtype).itemsize > leaf.dtype.itemsize else dtype
 

@@ -161,12 +161,12 @@ def build_critic(config: Config, actor: Loaded, mesh: jax.sharding.Mesh) -> tupl
     return critic, place_frozen(critic, frozen, mesh), state
 
 
-def make_collector(config: Config, model: ModelDef, tokenizer: Tokenizer, mesh: jax.sharding.Mesh) -> Collector:
-    """Set up the sampler, on its own mesh and in its own compute type, and the episodes."""
+def make_sampler(config: Config, model: ModelDef, mesh: jax.sharding.Mesh) -> SamplerDef:
+    """Set up the sampler, on its own mesh and in its own compute type."""
     rollout = config.rollout
     mesh = rollout.build_mesh(mesh)
     # One position stays free for the value of the state after a row's last token.
-    sampler = SamplerDef(
+    return SamplerDef(
         replace(model, remat="none", dtype=rollout.dtype or model.dtype, mesh=mesh),
         mesh,
         rollout.max_tokens - 1,
@@ -180,9 +180,14 @@ def make_collector(config: Config, model: ModelDef, tokenizer: Tokenizer, mesh: 
         hidden_noise=rollout.mismatch.hidden_noise,
         int8_cache=rollout.mismatch.cache == "int8",
     )
+
+
+def make_collector(config: Config, model: ModelDef, tokenizer: Tokenizer, mesh: jax.sharding.Mesh) -> Collector:
+    """Set up the sampler and the episodes."""
+    rollout, sampler = config.rollout, make_sampler(config, model, mesh)
     table = stop_table(tokenizer.token_bytes(), config.env.stop, tokenizer.eos_ids)
     unused = np.repeat(np.arange(len(table), dtype=np.int32)[:, None], model.spec.vocab - table.shape[1], axis=1)
-    stop_SV = jax.device_put(np.concatenate([table, unused], axis=1), replicated(mesh))
+    stop_SV = jax.device_put(np.concatenate([table, unused], axis=1), replicated(sampler.mesh))
     return Collector(
         config.env,
         tokenizer,

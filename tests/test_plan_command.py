@@ -1,0 +1,84 @@
+"""`python -m ppojax.plan`: its tables, its JSON, and one line for what it cannot do."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+from pathlib import Path
+
+import pytest
+
+from ppojax import plan
+from ppojax.cli import run_command
+from ppojax.plan import PlanConfig
+from ppojax.planning.targets import parse_target
+from ppojax.planning.topology import NoCompiler, devices_of
+from tiny_config import TINY
+
+CONFIGS = Path(__file__).resolve().parent.parent / "configs"
+
+
+def command(*arguments: str) -> int:
+    return run_command(plan.main, [*TINY, *arguments], PlanConfig)
+
+
+def test_an_estimate_is_labelled_and_written(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "plan.json"
+    assert command("target=h200:1", "compile=false", "price=2.5", f"out={out}") == 0
+    said = " ".join(capsys.readouterr().out.split())
+    assert "ESTIMATE by formula, nothing compiled" in said and "at $2.5 a device and hour" in said
+    written = json.loads(out.read_text())
+    assert written["compiled"] is False and written["fits"] is True and written["programs"] == []
+    assert set(written["parts"]) == {"gen", "score", "critic", "actor"}
+    assert sum(written["memory_bytes"]["actor"].values()) <= written["peak"]["bytes"] <= written["limit_bytes"]
+    assert written["cost"]["step"] == pytest.approx(2.5 * written["step_s"] / 3600)
+
+
+def test_over_memory_is_exit_2_with_three_changes(capsys: pytest.CaptureFixture[str]) -> None:
+    assert command("target=cpu:1", "compile=false", "memory_share=0.000001") == 2
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 4 and "needs" in lines[0] and "expected at most" in lines[0]
+    assert all("about" in line and line.startswith("ppojax: error:   ") for line in lines[1:])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "said"),
+    [
+        (["target=tpu"], 2, "tpu is not known to the planner, expected one of h200, h100, v5e, v5p, v6e, cpu"),
+        (["target=h200:8", "--dry-run"], 0, ""),
+        ([], 2, "target"),
+        (["target=h200", "out=/dev/null/plan.json", "compile=false"], 73, "cannot be written"),
+    ],
+)
+def test_other_endings(arguments: list[str], code: int, said: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert command(*arguments) == code
+    assert said in capsys.readouterr().err
+
+
+def test_without_a_compiler_the_estimate_says_so(capsys: pytest.CaptureFixture[str]) -> None:
+    for target, package in (("h200", "jax_cuda13_plugin"), ("v5e:2x2", "libtpu")):
+        if importlib.util.find_spec(package) is None:
+            with pytest.raises(NoCompiler, match="install ppojax"):
+                devices_of(parse_target(target))
+            assert command(f"target={target}") == 0
+            assert "note: not compiled, all of it is an estimate by formula" in capsys.readouterr().out
+
+
+@pytest.mark.skipif(
+    importlib.util.find_spec("jax_cuda13_plugin") is None,
+    reason="jax's CUDA plugin is not installed (extra plan-cuda): nothing is compiled for a GPU here",
+)
+@pytest.mark.filterwarnings("ignore")
+def test_a_plan_for_a_gpu_is_compiled(tmp_path: Path) -> None:
+    out = tmp_path / "plan.json"
+    assert command("target=h200:8", "mesh.data=4", "mesh.tensor=2", f"out={out}") == 0
+    written = json.loads(out.read_text())
+    assert {p["name"] for p in written["programs"]} >= {"prefill", "decode", "score", "critic", "actor"}
+    assert any(c["axes"] == ["tensor"] for p in written["programs"] for c in p["collectives"])
+
+
+@pytest.mark.parametrize("path", sorted((CONFIGS / "h200").glob("*.yaml")), ids=lambda p: p.stem)
+def test_the_recipes_of_a_node_fit_by_formula(path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert "planned, not run" in path.read_text().split("\n\n")[0]
+    assert run_command(plan.main, [f"config={path}", "target=h200:8", "compile=false"], PlanConfig) == 0
+    assert "fits" in capsys.readouterr().out
