@@ -1,12 +1,15 @@
 """The same numbers as other libraries give on the same random inputs, where the rule is the same.
 
 `tests/data/peers/peers.npz` has what verl, TRL, OpenRLHF, SkyRL and AReaL computed, in the versions of `versions.json`
-beside it; `make_peers.py` made it by importing them. Where a rule differs on purpose, the case says so.
+beside it; `make_peers.py` made it by importing them. `checkouts.npz` has what NeMo-RL and slime computed, from files at
+the commits in `versions.json`, by `make_checkouts.py`. Where a rule differs on purpose, the case says so.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 
 import jax
@@ -15,14 +18,16 @@ import numpy as np
 import pytest
 
 from ppojax.advantages import GAE, Group
-from ppojax.losses import CISPO, DPPO, GSPO, Aggregation, Correction, PPOClip
+from ppojax.component import Component
+from ppojax.losses import CISPO, DPPO, GSPO, Aggregation, Correction, PPOClip, Reinforce
 from ppojax.losses.kl import KLPenalty, kl_estimate
 from ppojax.losses.policy import PolicyLoss
 from ppojax.losses.value import ValueLoss
 from ppojax.types import Advantage, Batch, Ending, Experience, TokenStats
 from small_batch import experience_of
 
-PEERS = dict(np.load(Path(__file__).parent / "data" / "peers" / "peers.npz"))
+DATA = Path(__file__).parent / "data" / "peers"
+PEERS = {**np.load(DATA / "peers.npz"), **np.load(DATA / "checkouts.npz")}
 X = {name.removeprefix("input/"): x for name, x in PEERS.items() if name.startswith("input/")}
 MASK, N = X["mask"], X["mask"].sum()
 B, T = MASK.shape
@@ -57,44 +62,70 @@ def experience(*, scores: bool = False, kl: float = 0.0, groups: list[int] = GRO
 
 RATES = {"gamma": 0.97, "lambda_policy": 0.9, "lambda_value": 0.9}
 WHITE = {"scale": "none", "whiten": "batch"}
-ADVANTAGES: dict[str, tuple[GAE | Group, Experience, float]] = {
+REWARDED, SCORED, PENALISED = experience(), experience(scores=True), experience(scores=True, kl=0.01)
+ALONE = experience(scores=True, groups=[0, 0, 0, 1, 1, 2])
+# With a baseline of the others NeMo-RL also divides by the deviation of the others, ours by that of all.
+OTHERS = np.stack([np.delete(X["score"].reshape(2, 3), i, axis=1).std(1, ddof=1) for i in range(3)], axis=1)
+DEVIATIONS = (X["score"].reshape(2, 3).std(1, ddof=1, keepdims=True) + 1e-6) / (OTHERS + 1e-6)
+ADVANTAGES: dict[str, tuple[GAE | Group, Experience, float | np.ndarray]] = {
     # verl skips observations. Whitening cannot be turned off there.
-    "verl/gae": (GAE(whiten="batch", whiten_floor=1e-4, **RATES), experience(), BESSEL),
+    "verl/gae": (GAE(whiten="batch", whiten_floor=1e-4, **RATES), REWARDED, BESSEL),
     # SkyRL counts them as steps, with the critic's value.
-    "skyrl/gae": (GAE(whiten="batch", whiten_floor=1e-4, mask_rule="dense", **RATES), experience(), BESSEL),
+    "skyrl/gae": (GAE(whiten="batch", whiten_floor=1e-4, mask_rule="dense", **RATES), REWARDED, BESSEL),
     # OpenRLHF counts them as steps, with value 0; it divides by n.
-    "openrlhf/gae": (
-        GAE(whiten="batch", whiten_floor=1e-4, mask_rule="zero", **RATES),
-        experience(scores=True, kl=0.01),
-        1.0,
-    ),
+    "openrlhf/gae": (GAE(whiten="batch", whiten_floor=1e-4, mask_rule="zero", **RATES), PENALISED, 1.0),
     # AReaL skips observations and bootstraps a row that hit the limit.
     "areal/gae": (GAE(**RATES), experience(scores=True, cut=True), 1.0),
-    "verl/grpo": (Group(), experience(scores=True), 1.0),
-    "verl/dr_grpo": (Group(scale="none"), experience(scores=True), 1.0),
-    "verl/rloo": (Group(baseline="leave_one_out", scale="none"), experience(scores=True), 1.0),
-    "verl/reinforce_plus_plus": (Group(baseline="none", rewards="to_go", **WHITE), experience(), BESSEL),
-    "verl/reinforce_plus_plus_baseline": (Group(**WHITE), experience(scores=True), BESSEL),
-    "skyrl/grpo": (Group(), experience(scores=True), 1.0),
-    "skyrl/rloo": (Group(baseline="leave_one_out", scale="none"), experience(scores=True), 1.0),
-    "skyrl/rloo_alone": (
-        Group(baseline="leave_one_out", scale="none"),
-        experience(scores=True, groups=[0, 0, 0, 1, 1, 2]),
-        1.0,
-    ),
-    "openrlhf/reinforce": (Group(baseline="none", rewards="to_go", **WHITE), experience(scores=True, kl=0.01), 1.0),
-    "openrlhf/rloo": (Group(baseline="leave_one_out", scale="none"), experience(scores=True), 1.0),
-    "openrlhf/reinforce_baseline": (Group(**WHITE), experience(scores=True), 1.0),
-    "openrlhf/group_norm": (Group(epsilon=1e-9), experience(scores=True), 1.0),
-    "openrlhf/dr_grpo": (Group(scale="none"), experience(scores=True), 1.0),
+    "verl/grpo": (Group(), SCORED, 1.0),
+    "verl/dr_grpo": (Group(scale="none"), SCORED, 1.0),
+    "verl/rloo": (Group(baseline="leave_one_out", scale="none"), SCORED, 1.0),
+    "verl/reinforce_plus_plus": (Group(baseline="none", rewards="to_go", **WHITE), REWARDED, BESSEL),
+    "verl/reinforce_plus_plus_baseline": (Group(**WHITE), SCORED, BESSEL),
+    "skyrl/grpo": (Group(), SCORED, 1.0),
+    "skyrl/rloo": (Group(baseline="leave_one_out", scale="none"), SCORED, 1.0),
+    "skyrl/rloo_alone": (Group(baseline="leave_one_out", scale="none"), ALONE, 1.0),
+    "openrlhf/reinforce": (Group(baseline="none", rewards="to_go", **WHITE), PENALISED, 1.0),
+    "openrlhf/rloo": (Group(baseline="leave_one_out", scale="none"), SCORED, 1.0),
+    "openrlhf/reinforce_baseline": (Group(**WHITE), SCORED, 1.0),
+    "openrlhf/group_norm": (Group(epsilon=1e-9), SCORED, 1.0),
+    "openrlhf/dr_grpo": (Group(scale="none"), SCORED, 1.0),
+    # NeMo-RL skips observations; it whitens unless told not to.
+    "nemo_rl/gae": (GAE(**RATES), SCORED, 1.0),
+    "nemo_rl/gae_whitened": (GAE(whiten="batch", whiten_floor=1e-4, **RATES), SCORED, BESSEL),
+    "nemo_rl/gae_two_lambdas": (GAE(gamma=0.97, lambda_policy=0.8, lambda_value=1.0), SCORED, 1.0),
+    "nemo_rl/gae_by_length": (GAE(gamma=0.97, length_alpha=0.4, lambda_value=1.0), SCORED, 1.0),
+    "nemo_rl/gae_monte_carlo": (GAE(lambda_policy=1.0), SCORED, 1.0),
+    "nemo_rl/grpo": (Group(), SCORED, 1.0),
+    "nemo_rl/rloo": (Group(baseline="leave_one_out", scale="none"), SCORED, 1.0),
+    "nemo_rl/grpo_leave_one_out": (Group(baseline="leave_one_out"), SCORED, DEVIATIONS.reshape(B, 1)),
+    "nemo_rl/grpo_alone": (Group(), ALONE, 1.0),
+    "nemo_rl/reinforce_plus_plus": (Group(baseline="none", **WHITE), SCORED, 1.0),
+    "nemo_rl/reinforce_plus_plus_baseline": (Group(**WHITE), SCORED, 1.0),
+    # slime counts observations as steps, with the critic's value, and whitens when asked.
+    "slime/gae": (GAE(mask_rule="dense", **RATES), SCORED, 1.0),
+    "slime/gae_whitened": (GAE(whiten="batch", whiten_floor=1e-4, mask_rule="dense", **RATES), SCORED, BESSEL),
+    "slime/grpo": (Group(), SCORED, 1.0),
+    "slime/dr_grpo": (Group(scale="none"), SCORED, 1.0),
+    "slime/reinforce_plus_plus": (Group(baseline="none", rewards="to_go", **WHITE), PENALISED, BESSEL),
+    "slime/reinforce_plus_plus_baseline": (Group(**WHITE), SCORED, BESSEL),
 }
+
+
+def firsts(cases: Mapping[str, tuple[Component, tuple]]) -> dict[str, str]:
+    """For each case the first one with the same settings and the same arrays."""
+    seen: dict[tuple[str, int], str] = {}
+    return {name: seen.setdefault((repr(rule), id(given)), name) for name, (rule, given) in cases.items()}
 
 
 @pytest.fixture(scope="module")
 def advantages() -> dict[str, Advantage]:
-    """All of ours, in one program."""
-    run = jax.jit(lambda given: {name: ADVANTAGES[name][0](e) for name, e in given.items()})
-    return jax.device_get(run({name: e for name, (_, e, _) in ADVANTAGES.items()}))
+    """All of ours in one program, what several peers have once."""
+    cases = {name: (rule, e) for name, (rule, e, _) in ADVANTAGES.items()}
+    cases["to_go"] = Group(baseline="none", scale="none", rewards="to_go"), REWARDED
+    first = firsts(cases)
+    run = jax.jit(lambda given: {name: cases[name][0](e) for name, e in given.items()})
+    ours = jax.device_get(run({name: cases[name][1] for name in set(first.values())}))
+    return {name: ours[same] for name, same in first.items()}
 
 
 def close(ours: np.ndarray, theirs: np.ndarray) -> None:
@@ -112,28 +143,33 @@ def test_advantages(advantages: dict[str, Advantage], name: str) -> None:
     assert e.action_BT.sum() == N
 
 
-def test_a_group_of_one_learns_nothing_here() -> None:
+def test_a_group_of_one_learns_nothing_here(advantages: dict[str, Advantage]) -> None:
     """verl 0.9.1 takes mean 0 and deviation 1 for it, so that its whole score is its advantage; ours is 0."""
-    lonely = experience(scores=True, groups=[0, 0, 0, 1, 1, 2])
     score = X["score"][5] * MASK[5]
-    for name, group in (("grpo", Group()), ("rloo", Group(baseline="leave_one_out", scale="none"))):
-        ours = jax.jit(group.__call__)(lonely).advantage_BT[:, :T]
+    for name, case in (("grpo", "nemo_rl/grpo_alone"), ("rloo", "skyrl/rloo_alone")):
+        ours = advantages[case].advantage_BT[:, :T]
         theirs = PEERS[f"verl/{name}_alone/advantage"]
         close(ours[:5], theirs[:5])
         close(theirs[5], score)
         np.testing.assert_array_equal(ours[5], 0)
 
 
-def test_rewards_pass_observations_here() -> None:
+def test_rewards_pass_observations_here(advantages: dict[str, Advantage]) -> None:
     """SkyRL 0.3.0 starts REINFORCE++ anew at each observation, so that what follows one does not count before it."""
     theirs = PEERS["skyrl/reinforce_plus_plus/returns"]
-    e = experience()
-    ours = np.asarray(Group(baseline="none", scale="none", rewards="to_go")(e).advantage_BT)[:, :T]
+    ours = advantages["to_go"].advantage_BT[:, :T]
     observed = (np.arange(T)[None] < X["length"][:, None]) & ~MASK
     behind = observed[:, ::-1].cumsum(1)[:, ::-1] == 0
     close(ours[behind & MASK], theirs[behind & MASK])
     assert not np.allclose(ours[MASK], theirs[MASK], atol=0.1)
     close(ours, PEERS["verl/reinforce_plus_plus/returns"])
+
+
+def test_a_kl_in_the_reward_counts_for_earlier_tokens_here() -> None:
+    """NeMo-RL takes the KL of a token off that token's advantage alone; REINFORCE++, and ours, off its returns."""
+    raw = X["score"][:, None] - 0.05 * (X["old"] - X["ref"])
+    theirs = PEERS["nemo_rl/reinforce_plus_plus_kl/advantage"]
+    close(theirs, (raw - raw[MASK].mean()) / raw[MASK].std() * MASK)
 
 
 # --- losses --------------------------------------------------------------------------------------------------------
@@ -157,6 +193,11 @@ def trl(aggregation: Aggregation, **kwargs: float) -> PPOClip:
 
 TOKENS, K3 = Aggregation(), KLPenalty(coefficient=0.05, estimator="k3", importance_cap=None)
 OLD, ROW, MU = batch(), batch(rows=True), batch(behavior="behavior")
+MU_ROW, SUCCEEDED = batch(behavior="behavior", rows=True), X["score"] > 0
+WEIGHTS, BAND = {"method": "truncate", "high": math.inf}, {"low": 0.8, "high": 1.2}
+# NeMo-RL and slime put the weight's own gradient into a weighted k3, which then is k2's: our k3+.
+UNWEIGHTED = KLPenalty(coefficient=0.05, estimator="k3+", importance_cap=None)
+WEIGHTED = KLPenalty(coefficient=0.05, estimator="k3+", importance_cap=math.inf)
 POLICIES: dict[str, tuple[PolicyLoss, Batch]] = {
     "verl/ppo": (PPOClip(**clip(0.2, 0.28)), OLD),
     "verl/dual_clip": (PPOClip(dual_clip=1.5), OLD),
@@ -188,22 +229,67 @@ POLICIES: dict[str, tuple[PolicyLoss, Batch]] = {
     "areal/ppo": (PPOClip(**clip(0.2, 0.28)), OLD),
     "areal/dual_clip": (PPOClip(dual_clip=1.5), OLD),
     "areal/gspo": (GSPO(aggregation=TOKENS, **clip(0.1, 0.1)), ROW),
+    "nemo_rl/ppo": (PPOClip(**clip(0.2, 0.28)), OLD),
+    "nemo_rl/ppo_sequence": (PPOClip(aggregation=SEQUENCE, **clip(0.2, 0.28)), OLD),
+    "nemo_rl/dual_clip": (PPOClip(dual_clip=1.5), OLD),
+    "nemo_rl/reinforce": (Reinforce(importance_weight=False), OLD),
+    "nemo_rl/gspo": (GSPO(**clip(0.1, 0.1)), ROW),
+    "nemo_rl/gspo_corrected": (GSPO(correction=Correction(level="sequence", **WEIGHTS), **clip(0.1, 0.1)), MU_ROW),
+    "nemo_rl/cispo": (CISPO(anchor="old", **clip(0.3, 0.4)), OLD),
+    "nemo_rl/correction": (PPOClip(correction=Correction(**WEIGHTS)), MU),
+    "nemo_rl/correction_tis": (PPOClip(correction=Correction(method="truncate", **BAND)), MU),
+    "nemo_rl/correction_icepop": (PPOClip(correction=Correction(method="mask", **BAND)), MU),
+    "nemo_rl/kl": (PPOClip(kl=UNWEIGHTED), OLD),
+    "nemo_rl/kl_weighted": (PPOClip(kl=WEIGHTED), MU),
+    # It divides by the tokens of what succeeded, in a microbatch; ours by all tokens of the minibatch.
+    "nemo_rl/positive_nll": (
+        PPOClip(positive_nll=float(0.1 * N / MASK[SUCCEEDED].sum())),
+        OLD._replace(score_B=jnp.asarray(X["score"])),
+    ),
+    "slime/ppo": (PPOClip(aggregation=SEQUENCE, **clip(0.2, 0.28)), OLD),
+    "slime/ppo_token": (PPOClip(**clip(0.2, 0.28)), OLD),
+    "slime/ppo_behavior": (PPOClip(anchor="behavior", aggregation=SEQUENCE, **clip(0.2, 0.28)), MU),
+    "slime/dual_clip": (PPOClip(dual_clip=1.5, aggregation=SEQUENCE), OLD),
+    "slime/gspo": (GSPO(**clip(0.1, 0.1)), ROW),
+    "slime/cispo": (CISPO(anchor="old", aggregation=SEQUENCE, **clip(0.3, 0.4)), OLD),
+    "slime/correction_tis": (
+        PPOClip(correction=Correction(method="truncate", **BAND), aggregation=SEQUENCE, **clip(0.2, 0.28)),
+        MU,
+    ),
+    "slime/correction_icepop": (
+        PPOClip(correction=Correction(method="mask", **BAND), aggregation=SEQUENCE, **clip(0.2, 0.28)),
+        MU,
+    ),
+    "slime/kl": (PPOClip(aggregation=SEQUENCE, kl=K3, **clip(0.2, 0.28)), OLD),
+    "slime/kl_weighted": (PPOClip(aggregation=SEQUENCE, kl=WEIGHTED, **clip(0.2, 0.28)), OLD),
 }
 # SkyRL's loss is A rho M itself, with the gradient of ours, which is A sg(rho) M log pi.
 ONLY_GRADIENTS = {"skyrl/dppo_tv", "skyrl/dppo_kl"}
-VALUES = {"verl": TOKENS, "skyrl": SEQUENCE, "openrlhf": TOKENS, "areal": TOKENS}
+VALUES = {
+    "verl": TOKENS,
+    "skyrl": SEQUENCE,
+    "openrlhf": TOKENS,
+    "areal": TOKENS,
+    "nemo_rl": TOKENS,
+    "slime": SEQUENCE,
+}
+# slime's squares are whole, not halves.
+TIMES = {"slime/value": 2.0}
 MEANS = {
     "verl/token-mean": TOKENS,
     "verl/seq-mean-token-sum": ROWS,
     "verl/seq-mean-token-mean": SEQUENCE,
     "verl/seq-mean-token-sum-norm": CONSTANT,
 }
-KLS = [f"{peer}/{kind}" for peer in ("verl", "skyrl", "openrlhf") for kind in ("k1", "k2", "k3")] + ["verl/k3+"]
+WITH_KLS = ("verl", "skyrl", "openrlhf", "nemo_rl", "slime")
+KLS = [f"{peer}/{kind}" for peer in WITH_KLS for kind in ("k1", "k2", "k3")] + ["verl/k3+"]
 
 
 @pytest.fixture(scope="module")
 def losses() -> dict[str, tuple[np.ndarray, np.ndarray]]:
-    """All of ours with their gradients, in one program."""
+    """All of ours with their gradients in one program, what several peers have once."""
+    first = firsts(POLICIES) | {f"{peer}/value": f"value/{how.mode}" for peer, how in VALUES.items()}
+    first |= {name: name for name in MEANS} | {name: name.split("/")[1] for name in KLS}
 
     def policy(name: str, given: Batch, now_BT: jax.Array) -> jax.Array:
         out = POLICIES[name][0](TokenStats(now_BT), given)
@@ -218,32 +304,43 @@ def losses() -> dict[str, tuple[np.ndarray, np.ndarray]]:
         return out.sum / out.weight
 
     def run(given: dict[str, Batch], now_BT: jax.Array, value_BT: jax.Array, ref_BT: jax.Array):
-        out = {name: jax.value_and_grad(lambda x, n=name: policy(n, given[n], x))(now_BT) for name in POLICIES}
-        for name, how in VALUES.items():
-            out[f"{name}/value"] = jax.value_and_grad(lambda x, how=how: value(how, given["verl/ppo"], x))(value_BT)
+        out = {name: jax.value_and_grad(lambda x, n=name: policy(n, given[n], x))(now_BT) for name in given}
+        for how in (TOKENS, SEQUENCE):
+            loss = partial(value, how, given["verl/ppo"])
+            out[f"value/{how.mode}"] = jax.value_and_grad(loss)(value_BT)
         for name, how in MEANS.items():
             out[name] = jax.value_and_grad(lambda x, how=how: mean(how, x))(now_BT)
-        for name in KLS:
-            kl, pull = jax.vjp(lambda x, n=name: kl_estimate(x, ref_BT, n.split("/")[1]), now_BT)
-            out[name] = kl, pull(jnp.ones_like(kl))[0]
+        for kind in ("k1", "k2", "k3", "k3+"):
+            kl, pull = jax.vjp(lambda x, kind=kind: kl_estimate(x, ref_BT, kind), now_BT)
+            out[kind] = kl, pull(jnp.ones_like(kl))[0]
         return out
 
-    given = {name: b for name, (_, b) in POLICIES.items()}
-    return jax.device_get(
-        jax.jit(run)(given, jnp.asarray(X["now"]), jnp.asarray(X["value_now"]), jnp.asarray(X["ref"]))
-    )
+    given = {name: POLICIES[name][1] for name in set(first.values()) & set(POLICIES)}
+    arrays = (jnp.asarray(X[name]) for name in ("now", "value_now", "ref"))
+    ours = jax.device_get(jax.jit(run)(given, *arrays))
+    return {name: ours[same] for name, same in first.items()}
 
 
 @pytest.mark.parametrize("name", [*POLICIES, *(f"{peer}/value" for peer in VALUES), *MEANS, *KLS])
 def test_losses(losses: dict[str, tuple[np.ndarray, np.ndarray]], name: str) -> None:
-    value, gradient = losses[name]
+    value, gradient = (TIMES.get(name, 1.0) * x for x in losses[name])
     if name not in ONLY_GRADIENTS:
         close(value, PEERS[f"{name}/loss"])
     close(gradient, PEERS[f"{name}/gradient"])
     assert np.abs(gradient).max() > 1e-3
 
 
+def test_rows_out_of_the_band_leave_the_loss_there() -> None:
+    """NeMo-RL's seq-mask-tis weighs tokens and masks rows by their geometric mean; our weight is what is masked by."""
+    log_weight = np.where(MASK, X["old"] - X["behavior"], 0).sum(1) / MASK.sum(1)
+    kept = (np.exp(log_weight) >= 0.98) & (np.exp(log_weight) <= 1.02)
+    assert 0 < kept.sum() < B
+    all_rows = PEERS["nemo_rl/correction/gradient"]
+    close(PEERS["nemo_rl/correction_rows/gradient"], all_rows * kept[:, None])
+
+
 def test_all_that_was_written_down_is_compared() -> None:
     made = {name.rpartition("/")[0] for name in PEERS} - {"input"}
     apart = {"verl/grpo_alone", "verl/rloo_alone", "skyrl/reinforce_plus_plus"}
+    apart |= {"nemo_rl/reinforce_plus_plus_kl", "nemo_rl/correction_rows"}
     assert made == {*ADVANTAGES, *POLICIES, *(f"{peer}/value" for peer in VALUES), *MEANS, *KLS} | apart

@@ -5,8 +5,8 @@
     pip install --no-deps verl==0.9.1 trl==1.16.0 openrlhf==0.11.2 skyrl==0.3.0 areal==1.0.4
     python make_peers.py        # and `pip install --no-deps` of what it then says is missing: ray, tensordict, datasets
 
-What a peer imports and does not need here is a stand-in. NeMo-RL and slime are left out, which have no release of their
-trainers on the package index; so is what a peer has only inside a training loop: TRL's advantages.
+What a peer imports and does not need here is a stand-in. NeMo-RL and slime, which have no release of their trainers on
+the package index, are in make_checkouts.py; what a peer has only inside a training loop is left out: TRL's advantages.
 """
 
 from __future__ import annotations
@@ -360,11 +360,11 @@ def main() -> None:
         losses_of_areal,
     ):
         run()
-    versions = {
+    here = Path(__file__).parent
+    versions = json.loads((here / "versions.json").read_text()) | {
         name: importlib.metadata.version(name) for name in ("verl", "trl", "openrlhf", "skyrl", "areal", "torch")
     }
     print(json.dumps(versions))
-    here = Path(__file__).parent
     (here / "versions.json").write_text(json.dumps(versions, indent=2) + "\n")
     np.savez_compressed(here / "peers.npz", **{f"input/{k}": v.numpy() for k, v in X.items()}, **OUT)
 
