@@ -89,10 +89,8 @@ ADVANTAGES: dict[str, tuple[GAE | Group, Experience, float | np.ndarray]] = {
     "openrlhf/reinforce_baseline": (Group(**WHITE), SCORED, 1.0),
     "openrlhf/group_norm": (Group(epsilon=1e-9), SCORED, 1.0),
     "openrlhf/dr_grpo": (Group(scale="none"), SCORED, 1.0),
-    # NeMo-RL skips observations; it whitens unless told not to.
+    # NeMo-RL skips observations.
     "nemo_rl/gae": (GAE(**RATES), SCORED, 1.0),
-    "nemo_rl/gae_whitened": (GAE(whiten="batch", whiten_floor=1e-4, **RATES), SCORED, BESSEL),
-    "nemo_rl/gae_two_lambdas": (GAE(gamma=0.97, lambda_policy=0.8, lambda_value=1.0), SCORED, 1.0),
     "nemo_rl/gae_by_length": (GAE(gamma=0.97, length_alpha=0.4, lambda_value=1.0), SCORED, 1.0),
     "nemo_rl/gae_monte_carlo": (GAE(lambda_policy=1.0), SCORED, 1.0),
     "nemo_rl/grpo": (Group(), SCORED, 1.0),
@@ -101,9 +99,8 @@ ADVANTAGES: dict[str, tuple[GAE | Group, Experience, float | np.ndarray]] = {
     "nemo_rl/grpo_alone": (Group(), ALONE, 1.0),
     "nemo_rl/reinforce_plus_plus": (Group(baseline="none", **WHITE), SCORED, 1.0),
     "nemo_rl/reinforce_plus_plus_baseline": (Group(**WHITE), SCORED, 1.0),
-    # slime counts observations as steps, with the critic's value, and whitens when asked.
+    # slime counts observations as steps, with the critic's value.
     "slime/gae": (GAE(mask_rule="dense", **RATES), SCORED, 1.0),
-    "slime/gae_whitened": (GAE(whiten="batch", whiten_floor=1e-4, mask_rule="dense", **RATES), SCORED, BESSEL),
     "slime/grpo": (Group(), SCORED, 1.0),
     "slime/dr_grpo": (Group(scale="none"), SCORED, 1.0),
     "slime/reinforce_plus_plus": (Group(baseline="none", rewards="to_go", **WHITE), PENALISED, BESSEL),
@@ -163,6 +160,14 @@ def test_rewards_pass_observations_here(advantages: dict[str, Advantage]) -> Non
     close(ours[behind & MASK], theirs[behind & MASK])
     assert not np.allclose(ours[MASK], theirs[MASK], atol=0.1)
     close(ours, PEERS["verl/reinforce_plus_plus/returns"])
+
+
+@pytest.mark.parametrize("peer", ["nemo_rl", "slime"])
+def test_whitening_elsewhere(peer: str) -> None:
+    """NeMo-RL whitens GAE unless told not to, slime when asked; as verl, by n - 1."""
+    plain = PEERS[f"{peer}/gae/advantage"]
+    white = (plain - plain[MASK].mean()) / plain[MASK].std(ddof=1) * MASK
+    close(PEERS[f"{peer}/gae_whitened/advantage"], white)
 
 
 def test_a_kl_in_the_reward_counts_for_earlier_tokens_here() -> None:
@@ -342,5 +347,5 @@ def test_rows_out_of_the_band_leave_the_loss_there() -> None:
 def test_all_that_was_written_down_is_compared() -> None:
     made = {name.rpartition("/")[0] for name in PEERS} - {"input"}
     apart = {"verl/grpo_alone", "verl/rloo_alone", "skyrl/reinforce_plus_plus"}
-    apart |= {"nemo_rl/reinforce_plus_plus_kl", "nemo_rl/correction_rows"}
+    apart |= {"nemo_rl/gae_whitened", "slime/gae_whitened", "nemo_rl/reinforce_plus_plus_kl", "nemo_rl/correction_rows"}
     assert made == {*ADVANTAGES, *POLICIES, *(f"{peer}/value" for peer in VALUES), *MEANS, *KLS} | apart

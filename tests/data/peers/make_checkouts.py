@@ -144,7 +144,6 @@ def advantages_of_nemo() -> None:
     group("reinforce_plus_plus_kl", plus, kl=in_reward, minus_baseline=False)
     gae("gae")
     gae("gae_whitened", normalize_advantages=True)
-    gae("gae_two_lambdas", gae_lambda_policy=0.8, gae_lambda_value=1.0)
     gae("gae_by_length", length_adaptive_alpha=0.4, gae_lambda_value=1.0)
     gae("gae_monte_carlo", gae_gamma=1.0, gae_lambda=1.0)
 
