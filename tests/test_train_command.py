@@ -162,6 +162,12 @@ REFUSED = [
     (("actor.optimizer.learning_rte=1",), 2, "unknown key actor.optimizer.learning_rte (command line); did you mean"),
     (("actor.optimizer.learning_rate=nan",), 2, "actor.optimizer.learning_rate=nan (command line): expected"),
     (MANY, 2, "mesh 16x1x1x1 (data x fsdp x expert x tensor) needs 16 devices"),
+    (
+        ("rollout.devices=own", "rollout.mesh.data=8"),
+        2,
+        "rollout.mesh 8x1x1x1 (data x fsdp x expert x tensor) needs 8 devices beside the trainer's 1, 7 more found: "
+        "make mesh or rollout.mesh smaller, or set rollout.devices=shared",
+    ),
     (("mesh.tensor=4", *HEADS), 2, "mesh.tensor = 4 does not divide vocab = 102"),
     (("model.path=/nowhere/model.gguf", *LOADED), 3, "/nowhere/model.gguf"),
     (("model.path=/nowhere/at/all", *LOADED), 3, "model.path: /nowhere/at/all is "),

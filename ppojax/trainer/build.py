@@ -103,6 +103,7 @@ def build(config: Config) -> tuple[Parts, States]:
         keep_freed_memory()  # before the first device is asked for: its threads make heaps of their own
     train_tasks, eval_tasks = _tasks(config)  # what cannot be used there should not wait for weights
     mesh = config.mesh.build()
+    config.rollout.build_mesh(mesh)
     key = purpose_key(config.seed, OUTSIDE, INIT_ACTOR)
     loaded = load_model(config.model, key, mesh, lambda model: _check_mesh(config, model))
     loaded = replace(loaded, model=replace(loaded.model, mesh=mesh))

@@ -262,7 +262,7 @@ def test_a_run_that_ends_while_episodes_hang_ends_at_once(
 class Sleepy(Calculator):
     """A calculator that takes its time."""
 
-    nap_s: float = 0.5
+    nap_s: float = 1.0
 
     def make(self) -> Env:
         """Make an environment for one episode."""
@@ -271,7 +271,7 @@ class Sleepy(Calculator):
 
 @pytest.mark.slow
 def test_the_wait_for_environments_is_hidden() -> None:
-    """The model of configs/tiny.yaml and an environment that takes half a second a turn, on one core.
+    """The model of configs/tiny.yaml and an environment that takes a second a turn, on one core.
 
     A step takes G for writing, W for waiting and U for the update: G + W + U in sync mode, and G + max(W, U) if the
     wait is hidden, for the core does one thing at a time.
