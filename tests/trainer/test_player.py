@@ -276,12 +276,13 @@ def test_the_wait_for_environments_is_hidden() -> None:
     A step takes G for writing, W for waiting and U for the update: G + W + U in sync mode, and G + max(W, U) if the
     wait is hidden, for the core does one thing at a time.
     """
-    config = Config.load(f"config={TINY_YAML}", "warm_start=null", "rollout.workers=128", "eval.every=0")
+    rows = ("rollout.prompts=4", "rollout.workers=32", "update.minibatches=1", "steps=99")
+    config = Config.load(f"config={TINY_YAML}", "warm_start=null", *rows)
     config = config.model_copy(update={"env": Sleepy(**config.env.model_dump())})
     seconds = {}
     for mode in ("sync", "one_step_off"):
         run = Trainer(config.model_copy(update={"rollout": config.rollout.model_copy(update={"mode": mode})}))
-        steps = [run.step().metrics for _ in range(8)][3:]
+        steps = [run.step().metrics for _ in range(6)][2:]
         seconds[mode] = {
             name: float(np.median([step[f"timing_s/{name}"] for step in steps])) for name in ("step", "gen", "env_wait")
         }
@@ -289,5 +290,7 @@ def test_the_wait_for_environments_is_hidden() -> None:
     sync, ahead = seconds["sync"], seconds["one_step_off"]
     update, wait = sync["step"] - sync["gen"], sync["env_wait"]
     predicted = (sync["gen"] - wait + max(wait, update)) / sync["step"]
-    print(f"{seconds}: predicted ratio {predicted:.2f}, measured {ahead['step'] / sync['step']:.2f}")
-    assert ahead["step"] / sync["step"] < predicted + 0.15
+    hidden = (sync["step"] - ahead["step"]) / min(wait, update)
+    ratio = ahead["step"] / sync["step"]
+    print(f"{seconds}: ratio {ratio:.2f}, predicted {predicted:.2f}; {hidden:.0%} of what can be hidden is")
+    assert hidden > 0.6
