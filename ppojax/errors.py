@@ -42,6 +42,12 @@ class DivergedError(PpojaxError):
     exit_code = ExitCode.DIVERGED
 
 
+class PeerError(PpojaxError):
+    """Another process of the run never came, or is gone."""
+
+    exit_code = ExitCode.WATCHDOG
+
+
 class CannotWriteError(PpojaxError):
     """The run directory or a checkpoint cannot be written."""
 

@@ -8,6 +8,7 @@ shardings of arguments, and results that stay (parameters, optimizer state) are 
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Mapping
 from typing import Any
 
@@ -16,6 +17,7 @@ from pydantic import Field
 from ppojax.component import Component
 from ppojax.errors import ConfigError
 from ppojax.lazy import jax
+from ppojax.transfer import put
 
 # From the outside in: neighbours on the last axis are next to each other, and it talks most.
 AXES = ("data", "fsdp", "expert", "tensor")
@@ -84,6 +86,18 @@ class MeshConfig(Component):
                 f"{len(devices)} found: make the product of mesh.{', mesh.'.join(AXES[:-1])} and mesh.{AXES[-1]} "
                 f"at most {len(devices)}"
             )
+        each = set(Counter(device.process_index for device in devices).values())
+        if len(each) > 1:
+            raise ConfigError(
+                f"processes have different numbers of devices ({', '.join(map(str, sorted(each)))}): start all with as "
+                "many"
+            )
+        if jax.process_count() > 1 and self.size != len(devices):
+            raise ConfigError(
+                f"mesh {'x'.join(map(str, self.shape))} ({' x '.join(AXES)}) has {self.size} devices, "
+                f"{jax.process_count()} processes have {len(devices)}, and none may be left out: make the product of "
+                f"mesh.{', mesh.'.join(AXES[:-1])} and mesh.{AXES[-1]} {len(devices)}"
+            )
         types = (jax.sharding.AxisType.Auto,) * len(AXES)
         return jax.make_mesh(self.shape, AXES, axis_types=types, devices=devices[: self.size])
 
@@ -131,6 +145,25 @@ def assert_even(what: str, count: int, mesh: jax.sharding.Mesh | None) -> None:
     assert count % shards == 0, f"{count} {what} do not split over {shards} devices"
 
 
+def own_part(mesh: jax.sharding.Mesh) -> jax.sharding.Mesh:
+    """The part of a mesh that is this process's devices; the whole one where there is one process.
+
+    Raises:
+        ConfigError: they are no box in it.
+    """
+    if jax.process_count() == 1:
+        return mesh
+    try:
+        devices = mesh.local_mesh.devices
+    except ValueError as fault:
+        shape = "x".join(map(str, mesh.devices.shape))
+        raise ConfigError(
+            f"mesh {shape} ({' x '.join(AXES)}): the {len(jax.local_devices())} devices of a process are no box in it; "
+            f"make its outer axes fill the {jax.process_count()} processes, such as mesh.data={jax.process_count()}"
+        ) from fault
+    return jax.sharding.Mesh(devices, AXES, axis_types=mesh.axis_types)
+
+
 def replicated(mesh: jax.sharding.Mesh) -> jax.sharding.NamedSharding:
     """The sharding of a value that every device holds whole."""
     return sharding(mesh, ())
@@ -139,8 +172,8 @@ def replicated(mesh: jax.sharding.Mesh) -> jax.sharding.NamedSharding:
 def shard_rows(tree: Any, mesh: jax.sharding.Mesh, axis: int = 0) -> Any:
     """Put host arrays on the mesh, split along their row axis; arrays without that axis are replicated."""
 
-    def put(x: Any) -> jax.Array:
+    def place(x: Any) -> jax.Array:
         logical = (None,) * axis + ("rows",) if x.ndim > axis else ()
-        return jax.device_put(x, sharding(mesh, logical))
+        return put(x, sharding(mesh, logical))
 
-    return jax.tree.map(put, tree)
+    return jax.tree.map(place, tree)

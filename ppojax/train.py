@@ -10,22 +10,27 @@ from rich.console import Console
 from ppojax.cli import Flags, run_command
 from ppojax.config import Config
 from ppojax.errors import ExitCode
+from ppojax.processes.resolve import here
+from ppojax.processes.start import joined
 from ppojax.runtime.rundir import RunDir
 
 
 def main(config: Config, flags: Flags) -> int:
     """Check what can be checked cheaply, then run the session."""
-    run = RunDir(Path(config.run.dir) / config.run.name)
-    run.check(resume=config.resume is not False)
-    console = Console()
+    run, place = RunDir(Path(config.run.dir) / config.run.name), here(config.processes)
+    console = Console(quiet=not place.writes)
     if flags.dry_run:
+        run.check(resume=config.resume is not False)
         config.rollout.build_mesh(config.mesh.build())
         console.print(f"ok: {config.steps} steps of {config.rollout.rows} episodes would go to {run.path}")
         return ExitCode.DONE
-    # Only now: jax takes seconds to start, and a mistyped key should not wait for it.
-    from ppojax.trainer.session import train
+    with joined(place, config.processes, config.same_everywhere()) as watch:
+        if place.writes:
+            run.check(resume=config.resume is not False)
+        # Only now: jax takes seconds to start, and a mistyped key should not wait for it.
+        from ppojax.trainer.session import train
 
-    train(config, run, console)
+        train(config, run, console, watch)
     return ExitCode.DONE
 
 

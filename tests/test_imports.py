@@ -17,7 +17,7 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 # From the bottom up. A line imports from the lines above it here only, never from its own.
 LINES = (
     ("types", "errors", "component", "lazy", "statistics"),
-    ("masking", "actions", "settings"),
+    ("masking", "actions", "settings", "transfer"),
     ("mesh", "compilation_cache", "host_devices", "processes"),
     ("kernels",),
     ("models", "envs", "advantages", "losses"),

@@ -17,6 +17,7 @@ from ppojax.losses.entropy import EntropyControl
 from ppojax.losses.policy import PolicyLoss
 from ppojax.mesh import MeshConfig
 from ppojax.models.settings import ModelConfig
+from ppojax.processes.settings import ProcessesConfig
 from ppojax.rollout.settings import RolloutConfig
 from ppojax.runtime.settings import CheckpointConfig
 from ppojax.settings import Contradiction, Settings, load_config
@@ -75,6 +76,7 @@ class Config(Settings):
     )
     run: RunConfig = Field(default=RunConfig(), description="where the run leaves its files")
     mesh: MeshConfig = Field(default=MeshConfig(), description="devices along each axis")
+    processes: ProcessesConfig = Field(default=ProcessesConfig(), description="who is who in a run of many processes")
     model: ModelConfig = Field(default=ModelConfig(), description="the policy's model")
     actor: ActorConfig = Field(default=ActorConfig(), description="the policy's update")
     critic: CriticConfig = Field(
@@ -122,6 +124,10 @@ class Config(Settings):
     def entropy_control(self) -> EntropyControl | None:
         """What moves the entropy bonus."""
         return self.loss.entropy_control if isinstance(self.loss, PolicyLoss) else None
+
+    def same_everywhere(self) -> str:
+        """The config without what differs between processes, or between a run and its continuation, as YAML."""
+        return self.model_copy(update={"processes": ProcessesConfig()}).to_yaml()
 
     def contradictions(self) -> Iterator[Contradiction]:
         """List the settings that cannot hold together, as far as can be told without loading weights."""

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import jax
 import numpy as np
 
 from ppojax.advantages.chain import Chains
 from ppojax.experience.batch import without_records
+from ppojax.transfer import fetch
 from ppojax.types import Batch, Ending, Row, episodes_of
 
 
@@ -121,8 +121,8 @@ def advantage_metrics(batch: Batch, gamma: float) -> dict[str, float]:
     step's update. It is left out when returns do not vary. `critic/value_std` is the deviation between critics,
     averaged over tokens.
     """
-    e = jax.device_get(without_records(batch.experience))
-    action_BT, advantage_BT = e.action_BT, jax.device_get(batch.advantage_BT)
+    e = fetch(without_records(batch.experience))
+    action_BT, advantage_BT = e.action_BT, fetch(batch.advantage_BT)
     if not action_BT.any():
         return {}
     advantage = advantage_BT[action_BT]

@@ -28,6 +28,7 @@ from ppojax.rollout.episode import Episode, LateEnv, Tail
 from ppojax.rollout.exact import Judge, resume, rewind
 from ppojax.rollout.prompts import ANY_THAT_FITS, LongPromptError, Prompt, PromptLimit, answer_ids
 from ppojax.rollout.sampler import SamplerDef, record_shapes
+from ppojax.rollout.together import together
 from ppojax.rollout.workers import PROMPT_S, Job, Workers
 from ppojax.types import Ending, Messages, Rollout
 
@@ -64,8 +65,16 @@ class Collector:
                 environments hang.
             AbandonedError: `abandoned` was set before the end.
         """
+        if jax.process_count() > 1:
+            return together(partial(self._play, params, key, abandoned), tasks)
+        return self._play(params, key, abandoned, tasks, 0)
+
+    def _play(
+        self, params: Params, key: jax.Array, abandoned: Event | None, tasks: Sequence[Task], first: int
+    ) -> Rollout:
+        """Play tasks of which the first has this number."""
         start = time.perf_counter()
-        play, whole = _Play(self, params, key, abandoned), False
+        play, whole = _Play(self, params, key, first, abandoned), False
         try:
             play.run(tasks)
             whole = True
@@ -81,7 +90,10 @@ class Collector:
 class _Play:
     """The episodes of one call, and where they are."""
 
-    def __init__(self, collector: Collector, params: Params, key: jax.Array, abandoned: Event | None) -> None:
+    def __init__(
+        self, collector: Collector, params: Params, key: jax.Array, first: int, abandoned: Event | None
+    ) -> None:
+        self.first = first  # number of the first group
         self.collector, self.sampler, self.params, self.key = collector, collector.sampler, params, key
         self.workers = Workers(collector.workers, collector.env_timeout_s, abandoned)
         self.asked: dict[Job, Episode] = {}  # episodes whose environment is at work
@@ -140,11 +152,11 @@ class _Play:
         """Start every episode; those of a group have to begin alike."""
         self.tasks, size = tasks, self.collector.group_size
         nothing = jax.tree.map(lambda kept: np.zeros(kept.shape, kept.dtype), record_shapes(self.sampler, 0))
-        for number in range(len(tasks) * size):
+        for number in range(self.first * size, (self.first + len(tasks)) * size):
             env = LateEnv(self.collector.env.make)
             episode = Episode(env, number // size, number, [], [], recorded=[nothing])
             self.episodes.append(episode)
-            self._ask(episode, partial(episode.env.reset, tasks[episode.group]))
+            self._ask(episode, partial(episode.env.reset, tasks[episode.group - self.first]))
 
     def _ask(self, episode: Episode, call: Callable[[], Any]) -> None:
         self.asked[self.workers.submit(call, episode.close, episode not in self.slow)] = episode
@@ -172,7 +184,7 @@ class _Play:
             self.workers.submit(episode.close, None)
 
     def _started(self, episode: Episode, reset: Any) -> None:
-        task = self.tasks[episode.group]
+        task = self.tasks[episode.group - self.first]
         try:
             ids, episode.messages, cut = self.collector.render(task, reset)
             episode.reset = Reset(list(episode.messages), reset.tools)

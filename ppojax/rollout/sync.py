@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from functools import partial
 
 import jax
+import numpy as np
 
 from ppojax.models.forward import ModelDef, Params, compute_type, param_shardings
 
@@ -20,6 +21,8 @@ def sampler_params(params: Params, model: ModelDef) -> Params:
     Where nothing is to be done, the very arrays come back.
     """
     assert model.mesh is not None
+    if jax.process_count() > 1:
+        return _to_own(params, model, model.mesh)
     leaves, tree = jax.tree_util.tree_flatten_with_path(params)
     places = jax.tree.leaves(param_shardings(model, model.mesh))
     wanted: list[Place] = [
@@ -48,6 +51,44 @@ def _move(leaves: list[jax.Array], wanted: Sequence[Place], there: jax.sharding.
         here = jax.sharding.Mesh(devices, there.axis_names, axis_types=there.axis_types)
         before = [(dtype, jax.sharding.NamedSharding(here, place.spec)) for dtype, place in wanted]
     return jax.device_put(sync(leaves, to=tuple(before)), [place for _, place in wanted])
+
+
+def _to_own(params: Params, model: ModelDef, own: jax.sharding.Mesh) -> Params:
+    """From the mesh of all processes to this one's part of it: every process gets a copy, laid out as its sampler's."""
+    leaves, tree = jax.tree_util.tree_flatten_with_path(params)
+    everyone = _everyone(own, leaves[0][1].sharding.mesh)
+    places = jax.tree.leaves(param_shardings(model, everyone))
+    wanted = tuple(
+        (_narrower(leaf, compute_type(model, path)), place) for (path, leaf), place in zip(leaves, places, strict=True)
+    )
+    copies = sync([leaf for _, leaf in leaves], to=wanted)
+    shardings = [jax.sharding.NamedSharding(own, place.spec) for place in places]
+    return jax.tree.unflatten(tree, [_join(copy, there) for copy, there in zip(copies, shardings, strict=True)])
+
+
+def to_trainer(array: jax.Array, place: jax.sharding.Sharding) -> jax.Array:
+    """Take an array of the sampler's back to the trainer's mesh."""
+    there = array.sharding
+    if jax.process_count() == 1 or not array.is_fully_addressable:
+        return jax.device_put(array, place)
+    assert isinstance(there, jax.sharding.NamedSharding) and isinstance(place, jax.sharding.NamedSharding)
+    assert isinstance(there.mesh, jax.sharding.Mesh) and isinstance(place.mesh, jax.sharding.Mesh)
+    everyone = jax.sharding.NamedSharding(_everyone(there.mesh, place.mesh), there.spec)
+    return sync([_join(array, everyone)], to=((array.dtype.name, place),))[0]
+
+
+def _everyone(own: jax.sharding.Mesh, whole: jax.sharding.Mesh) -> jax.sharding.Mesh:
+    """The samplers' meshes of all processes, one behind the other on an axis of their own."""
+    count = jax.process_count()
+    each = [[d for d in whole.devices.flat if d.process_index == index] for index in range(count)]
+    devices = np.array(each).reshape(count, *own.devices.shape)
+    return jax.sharding.Mesh(devices, ("process", *own.axis_names), axis_types=(own.axis_types[0], *own.axis_types))
+
+
+def _join(array: jax.Array, place: jax.sharding.NamedSharding) -> jax.Array:
+    """The same parts of this process's devices, as an array of another mesh."""
+    parts = [shard.data for shard in array.addressable_shards]
+    return jax.make_array_from_single_device_arrays(array.shape, place, parts)
 
 
 @partial(jax.jit, static_argnames=("to",))

@@ -23,6 +23,7 @@ import orbax.checkpoint as ocp
 from jax.tree_util import keystr, tree_flatten_with_path, tree_structure
 
 from ppojax.errors import CannotWriteError, DataError
+from ppojax.processes.exchange import gather
 from ppojax.runtime.atomic import sync_directory, write_atomic
 from ppojax.runtime.manifest import Damaged, Schema, check_schema, read_manifest, verify_files, write_manifest
 from ppojax.runtime.settings import CheckpointConfig
@@ -64,7 +65,7 @@ class Checkpoints:
         is on the disk. A save that is still running is waited for, never skipped. `meta` is JSON.
 
         A checkpoint that the machine refuses (a full disk) is one warning as long as an older one stands. Raises
-        CannotWriteError when none stands, and at the third failure in a row.
+        CannotWriteError when none stands, at the third failure in a row, and in a run of many processes.
         """
         self.wait()
         if step in self._written:
@@ -95,6 +96,7 @@ class Checkpoints:
         except (OSError, ValueError) as error:
             self._refused(step, self.directory / f".{step}.tmp", error)
             return
+        gather(b"")  # of many processes the first gives the checkpoint its name: until then there is none
         self._written.add(step)
         self._failed_in_a_row = 0
 
@@ -112,7 +114,8 @@ class Checkpoints:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self.close()
+        if kind is None or jax.process_count() == 1:
+            self.close()  # with a fault, the other processes do not come to what a save waits for
 
     def _commit(self, step: int, staging: Path, record: str, schema: Schema) -> None:
         """Finish the checkpoint in `staging`, give it its name, and drop the oldest ones (in the worker thread)."""
@@ -135,7 +138,7 @@ class Checkpoints:
         self.failures += 1
         self._failed_in_a_row += 1
         latest = self.latest()
-        if latest is None or self._failed_in_a_row >= MAX_FAILED_SAVES:
+        if latest is None or self._failed_in_a_row >= MAX_FAILED_SAVES or jax.process_count() > 1:
             stands = "none stands" if latest is None else f"that of step {latest} stands"
             raise CannotWriteError(
                 f"{self.directory}: the checkpoint of step {step} cannot be written: {reason}; {stands}; "

@@ -13,7 +13,7 @@ from ppojax.config import Config
 from ppojax.envs import Task
 from ppojax.errors import ConfigError, DataError
 from ppojax.kernels.dispatch import choose, platform_of
-from ppojax.mesh import SPREAD, replicated
+from ppojax.mesh import SPREAD, own_part, replicated, row_shards
 from ppojax.models.critic_source import CriticForm, load_critic
 from ppojax.models.forward import ModelDef, Params
 from ppojax.models.lora import split
@@ -165,7 +165,7 @@ def build_critic(config: Config, actor: Loaded, mesh: jax.sharding.Mesh) -> tupl
 def make_sampler(config: Config, model: ModelDef, mesh: jax.sharding.Mesh) -> SamplerDef:
     """Set up the sampler, on its own mesh and in its own compute type."""
     rollout = config.rollout
-    mesh = rollout.build_mesh(mesh)
+    mesh = own_part(rollout.build_mesh(mesh))
     # One position stays free for the value of the state after a row's last token.
     return SamplerDef(
         replace(model, remat="none", dtype=rollout.dtype or model.dtype, mesh=mesh),
@@ -196,7 +196,7 @@ def make_collector(config: Config, model: ModelDef, tokenizer: Tokenizer, mesh: 
         stop_SV,
         rollout.group_size,
         rollout.prompt_bucket,
-        rollout.rows if rollout.slots is None else rollout.slots,
+        _slots(config, sampler.mesh),
         rollout.workers,
         rollout.env_timeout_s,
         episode_tokens=rollout.max_episode_tokens,
@@ -215,10 +215,22 @@ def _replayed(asked: bool | None, model: ModelDef) -> bool:
     return asked is not False and model.spec.moe is not None
 
 
+def _slots(config: Config, mesh: jax.sharding.Mesh) -> int:
+    """Episodes that this process writes at a time: its share, rounded up to what its devices split evenly."""
+    slots, processes = (
+        config.rollout.rows if config.rollout.slots is None else config.rollout.slots,
+        jax.process_count(),
+    )
+    shards = row_shards(mesh)
+    return slots if processes == 1 else -(-slots // (shards * processes)) * shards
+
+
 def _judge(config: Config, model: ModelDef) -> Judge | None:
     rollout = config.rollout
     if not rollout.exact:
         return None
+    if jax.process_count() > 1:
+        raise ConfigError("rollout.exact=true: it holds within one process: set rollout.exact=false, or use one")
     platform = platform_of(model.mesh)
     if platform != "cpu" or model.spec.moe is not None:
         where = f"these devices are {platform}" if platform != "cpu" else "this model has experts"

@@ -11,6 +11,8 @@ from rich.console import Console
 
 from ppojax.config import Config
 from ppojax.errors import CannotWriteError, ExitCode, PpojaxError, Preempted
+from ppojax.processes.exchange import any_of
+from ppojax.processes.meeting import Watch
 from ppojax.runtime.age import process_age
 from ppojax.runtime.checkpoint import Checkpoints
 from ppojax.runtime.metrics import MetricsLog, read_metrics
@@ -21,36 +23,44 @@ from ppojax.runtime.transcripts import read_transcripts, render_transcript, writ
 from ppojax.trainer.build import EVALUATE, OUTSIDE, purpose_key
 from ppojax.trainer.evaluation import evaluate_greedy
 from ppojax.trainer.trainer import StepOut, Trainer
+from ppojax.transfer import fetch
 
 INTERRUPTED = 130  # what a shell reports for Ctrl-C
 SHOWN = 3  # transcripts printed at the end
 
 
-def train(config: Config, run: RunDir, console: Console) -> None:
+def train(config: Config, run: RunDir, console: Console, watch: Watch | None = None) -> None:
     """Train to `config.steps`, or until a signal or a fault; leave everything in the run directory.
+
+    Of many processes only the first writes, but for its own part of a checkpoint; `watch` is of the others' ends.
 
     Raises:
         PpojaxError: with the exit code; `exit.json` says the same.
     """
     start = time.monotonic()
-    with _exit_record(run) as ending:
+    writes = watch is None or watch.place.writes
+    with _exit_record(run, watch) as ending:
         trainer = Trainer(config)
         with ExitStack() as stack:
             checkpoints = stack.enter_context(Checkpoints(run.checkpoints, config.checkpoint))
             # Until the old state is known to fit, nothing of an earlier attempt is touched.
             resumed = _resume(trainer, checkpoints, console)
-            run.create(resume=config.resume is not False)
-            run.write_config(config.to_yaml())
+            if writes:
+                run.create(resume=config.resume is not False)
+                run.write_config(config.same_everywhere())
             ending.update(checkpoints=checkpoints, trainer=trainer)
             if not resumed:
                 _warm_start(trainer, console)
             board = run.tensorboard if config.run.tensorboard else None
-            log = stack.enter_context(MetricsLog(run.metrics, board, resume_step=trainer.number or -1))
+            log = None
+            if writes:
+                log = stack.enter_context(MetricsLog(run.metrics, board, resume_step=trainer.number or -1))
             signals = stack.enter_context(StopSignals())
             progress = stack.enter_context(Progress(config.steps, console, start=trainer.number))
             stack.callback(trainer.close)  # while signals are still listened to
             _loop(trainer, run, checkpoints, log, signals, progress)
-    _report(run, console, time.monotonic() - start)
+    if writes:
+        _report(run, console, time.monotonic() - start)
 
 
 def _resume(trainer: Trainer, checkpoints: Checkpoints, console: Console) -> bool:
@@ -73,14 +83,16 @@ def _loop(
     trainer: Trainer,
     run: RunDir,
     checkpoints: Checkpoints,
-    log: MetricsLog,
+    log: MetricsLog | None,
     signals: StopSignals,
     progress: Progress,
 ) -> None:
     config = trainer.config
     aside = {"timing_s/start": process_age()}  # told with the next step
     if config.eval.every and trainer.number == 0:
-        log.log(0, _evaluate(trainer, progress))
+        held_out = _evaluate(trainer, progress)
+        if log is not None:
+            log.log(0, held_out)
     while trainer.number < config.steps:
         progress.phase(f"step {trainer.number + 1}")
         out = trainer.step()
@@ -89,10 +101,11 @@ def _loop(
             out.metrics.update(_evaluate(trainer, progress))
         out.metrics.update(aside)
         aside = {}
-        log.log(out.step, out.metrics)
+        if log is not None:
+            log.log(out.step, out.metrics)
         _write_transcripts(trainer, run, out)
         progress.step(out.step, out.metrics)
-        stop = signals.should_stop()
+        stop = any_of(signals.should_stop())
         if done or stop or config.checkpoint.due(out.step):
             begin = time.perf_counter()
             checkpoints.save(out.step, trainer.state(), trainer.position(), block=done or stop)
@@ -104,7 +117,8 @@ def _loop(
                     f"resume=true goes on from step {checkpoints.latest()}"
                 )
         if stop and not done:
-            raise Preempted(f"stopped by {signals.received()} after step {out.step}, saved: resume=true goes on")
+            who = signals.received() or "a signal to another process"
+            raise Preempted(f"stopped by {who} after step {out.step}, saved: resume=true goes on")
 
 
 def _evaluate(trainer: Trainer, progress: Progress) -> dict[str, float]:
@@ -121,7 +135,9 @@ def _evaluate(trainer: Trainer, progress: Progress) -> dict[str, float]:
 
 
 def _write_transcripts(trainer: Trainer, run: RunDir, out: StepOut) -> None:
-    batch = jax.device_get(out.batch)
+    batch = fetch(out.batch)
+    if jax.process_index() > 0:
+        return
     write_transcripts(
         run.transcript(out.step),
         out.rows,
@@ -134,11 +150,18 @@ def _write_transcripts(trainer: Trainer, run: RunDir, out: StepOut) -> None:
 
 
 @contextmanager
-def _exit_record(run: RunDir) -> Iterator[dict]:
+def _exit_record(run: RunDir, watch: Watch | None) -> Iterator[dict]:
     """Write `exit.json` whatever happens, once there is a run directory."""
     ending: dict = {}
     code: int = ExitCode.DONE
     reason, hint = "done", f"python -m ppojax.evaluate run={run.path}"
+
+    def record(code: int, reason: str, hint: str = "resume=true goes on from the last checkpoint") -> None:
+        if ending and (watch is None or watch.place.writes):
+            run.write_exit(code, reason, ending["trainer"].number, ending["checkpoints"].latest(), hint)
+
+    if watch is not None:
+        watch.on_end = record
     try:
         yield ending
     except PpojaxError as error:
@@ -151,8 +174,7 @@ def _exit_record(run: RunDir) -> Iterator[dict]:
         code, reason, hint = ExitCode.BUG, repr(error), "a bug in ppojax or in the environment: see the trace"
         raise
     finally:
-        if ending:
-            run.write_exit(code, reason, ending["trainer"].number, ending["checkpoints"].latest(), hint)
+        record(code, reason, hint)
 
 
 def _report(run: RunDir, console: Console, seconds: float) -> None:

@@ -20,7 +20,7 @@ from ppojax.models.lora import combine, fingerprint, merge
 from ppojax.models.perturb import apart
 from ppojax.models.pretrained import Loaded
 from ppojax.models.settings import CutCritic
-from ppojax.rollout.sync import sampler_params
+from ppojax.rollout.sync import sampler_params, to_trainer
 from ppojax.rollout.tasks import task_stream
 from ppojax.runtime.compiling import compile_metrics
 from ppojax.trainer.build import States, build, build_critic
@@ -234,7 +234,7 @@ class Trainer:
         behavior = reference = None
         if self.config.records.hidden:
             cast = head.astype(self.parts.collector.sampler.model.dtype)
-            behavior = cast.copy() if cast is own else jax.device_put(cast, own.sharding)
+            behavior = cast.copy() if cast is own else to_trainer(cast, own.sharding)
         if "hidden_ref" in self.config.needs:
             assert self.reference is not None
             reference = head_VD(combine(self.parts.actor_base, self.reference)).astype(self.parts.actor.dtype)

@@ -11,6 +11,7 @@ from ppojax.experience.batch import without_records
 from ppojax.experience.minibatch import minibatches, move_rows, put_back
 from ppojax.models.forward import Heads
 from ppojax.trainer.build import DROP_ACTOR, DROP_CRITIC, Parts, States, dropout_key, noise_key
+from ppojax.transfer import fetch
 from ppojax.types import Batch, Layout, TokenTrace, TrainState
 from ppojax.update.actor import actor_step
 from ppojax.update.critic import critic_step
@@ -91,7 +92,7 @@ def update_actor(
     _check_finite("actor", states.actor, config.update.max_skipped)
     # Only before the first update is the gap to the sampler numerical; afterwards it is learning.
     first = {name: float(v) for name, v in done[0].items() if name.startswith("sampling/")}
-    last = [put_back(parts, seed, layout.group) for parts in zip(*jax.device_get(traces), strict=True)]
+    last = [put_back(parts, seed, layout.group) for parts in zip(*fetch(traces), strict=True)]
     return _average(done) | first, TokenTrace(*last)
 
 

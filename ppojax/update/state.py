@@ -14,6 +14,7 @@ from ppojax.mesh import RULES, SPREAD, replicated
 from ppojax.models.forward import ModelDef, Params, param_shardings
 from ppojax.models.lora import split
 from ppojax.models.perturb import NAME
+from ppojax.transfer import put
 from ppojax.types import Mean, Metrics, TrainState
 
 
@@ -70,7 +71,7 @@ def init_state(
     The state of an ensemble is the states of its critics, on a leading axis of every array.
     """
     shardings = state_shardings(model, optimizer, mesh, perturbed=NAME in params, spread=spread)
-    placed = jax.device_put(jax.tree.map(lambda p: p.astype("float32"), params), shardings.params)
+    placed = put(jax.tree.map(lambda p: p.astype("float32"), params), shardings.params)
 
     def start(p: Params) -> TrainState:
         return TrainState(p, optimizer.init(p), jnp.int32(0), jnp.zeros(2, jnp.int32))
@@ -81,7 +82,7 @@ def init_state(
 
 def place_frozen(model: ModelDef, frozen: Params, mesh: jax.sharding.Mesh) -> Params:
     """Place the weights beside adapters on the mesh, in their own type."""
-    return jax.device_put(frozen, split(param_shardings(model, mesh), model.lora)[1] if frozen else {})
+    return put(frozen, split(param_shardings(model, mesh), model.lora)[1] if frozen else {})
 
 
 def apply_gradients(
