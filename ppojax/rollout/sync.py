@@ -59,7 +59,7 @@ def _to_own(params: Params, model: ModelDef, own: jax.sharding.Mesh) -> Params:
     everyone = _everyone(own, leaves[0][1].sharding.mesh)
     places = jax.tree.leaves(param_shardings(model, everyone))
     wanted = tuple(
-        (_narrower(leaf, compute_type(model, path)), place) for (path, leaf), place in zip(leaves, places, strict=True)
+        (narrower(leaf, compute_type(model, path)), place) for (path, leaf), place in zip(leaves, places, strict=True)
     )
     copies = sync([leaf for _, leaf in leaves], to=wanted)
     shardings = [jax.sharding.NamedSharding(own, place.spec) for place in places]
