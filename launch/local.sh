@@ -5,7 +5,8 @@
 # Ends with process 0's exit code, or, where that is 0, with the first other one.
 # Environment: PYTHON (the interpreter, default python), PPOJAX_PORT (default: a free one).
 #   On a CPU each process is one device, unless JAX_NUM_CPU_DEVICES says how many.
-# Was run: with 2 CPU processes, by the tests. Was not run: with GPUs.
+# Was run: by the tests, with a stand-in for python (processes, variables, signals, exit codes); real runs of two CPU
+# processes have the same variables, in tests/processes. Was not run: this script around a real run; GPUs.
 set -uo pipefail
 
 if ! [[ "${1:-}" =~ ^[1-9][0-9]*$ ]]; then
