@@ -5,8 +5,6 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-from rich.console import Console
-
 from ppojax.cli import Flags, run_command
 from ppojax.config import Config
 from ppojax.errors import ExitCode
@@ -17,6 +15,9 @@ from ppojax.runtime.rundir import RunDir
 
 def main(config: Config, flags: Flags) -> int:
     """Check what can be checked cheaply, then run the session."""
+    # Only now: a mistyped key should not wait for it.
+    from rich.console import Console
+
     run, place = RunDir(Path(config.run.dir) / config.run.name), here(config.processes)
     console = Console(quiet=not place.writes)
     if flags.dry_run:
@@ -27,7 +28,7 @@ def main(config: Config, flags: Flags) -> int:
     with joined(place, config.processes, config.same_everywhere()) as watch:
         if place.writes:
             run.check(resume=config.resume is not False)
-        # Only now: jax takes seconds to start, and a mistyped key should not wait for it.
+        # And only now: jax takes seconds to start.
         from ppojax.trainer.session import train
 
         train(config, run, console, watch)

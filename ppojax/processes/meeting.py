@@ -232,6 +232,7 @@ class Watch:
         with self._first:
             if self._ended.wait(grace_s):
                 return
+            self._ended.set()  # what is seen from now on is of the same end
             if self.on_end is not None:
                 self.on_end(code, text)
             sys.stdout.flush()
