@@ -47,6 +47,7 @@ LATE_IMPORTS = {
     ("models/__init__.py", "ppojax.models.api"),
     ("train.py", "ppojax.trainer.session"),
     ("critic_fit.py", "ppojax.trainer.fitting"),
+    ("train.py", "rich.console"),
     ("evaluate.py", "ppojax.trainer.held_out"),
     ("export.py", "ppojax.trainer.exporting"),
     ("view.py", "ppojax.viewer.app"),
