@@ -6,6 +6,8 @@ import os
 from importlib.metadata import version
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
+# Processes that tests start keep bytecode, as a user's do: without it, imports are mostly Python's own compiler.
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
 os.environ["JAX_ENABLE_COMPILATION_CACHE"] = "false"  # nothing is left in the user's folder
 os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
 # Most of the time of these tests is the compiler's, on programs that run once.

@@ -14,7 +14,7 @@ from ppojax.sweeping.cells import Cell
 from ppojax.sweeping.figures import LOSSES
 from ppojax.sweeping.record import Record
 from ppojax.sweeping.run import How
-from sweeping.test_page import DONE, PLAN
+from sweeping.test_sweep_page import DONE, PLAN
 from tiny_config import TINY
 
 
