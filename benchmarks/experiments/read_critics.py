@@ -68,7 +68,7 @@ def draw(runs: Sequence[Run], methods: Sequence[str], horizons: Sequence[str], p
             step = np.arange(len(smooth)) + 5
             axes[0, column].plot(step, smooth, **style)
             axes[1, column].plot(step * seconds(seeds), smooth, **style)
-        axes[0, column].set(title=f"{horizon} turns", xlabel="step (64 episodes)")
+        axes[0, column].set(title=f"{horizon} turns", xlabel="step")
         axes[1, column].set(xlabel="seconds")
     axes[0, 0].legend(fontsize=6)
     axes[0, 0].set_ylabel("reward")
