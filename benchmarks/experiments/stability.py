@@ -4,8 +4,9 @@
 
 A small model that solves the task one time in five is trained with eight updates a batch, so that the later ones are
 off policy; the sampler's last hidden states have noise of three sizes, which every support of the divergence knows
-(tokens' log-probabilities are off by .03 and .09 in the mean at step 1). What differs between the methods is the loss alone: all
-have group advantages (mean, no deviation) and one learning rate, at which PPO learns where nothing is put in. 165 runs.
+(tokens' log-probabilities are off by .03 and .09 in the mean at step 1). What differs between the methods is the loss
+alone: all have group advantages (mean, no deviation) and one learning rate, at which PPO learns where nothing is put
+in. 165 runs.
 
 `--larger` takes SmolLM2-135M, 256 episodes a step and 200 steps, for a GPU. What it finds is not known.
 """
