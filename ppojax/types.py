@@ -159,6 +159,7 @@ class Batch(NamedTuple):
     score_B: jax.Array | None = None  # float32: rewards of the row's episode, all of its rows together
     entropy_BT: jax.Array | None = None  # float32: the entropy bonus of each token, times; None for 1
     written_B: jax.Array | None = None  # float32: action tokens of the row's episode; None where each is one row
+    imitated_B: jax.Array | None = None  # float32: what imitation of the row weighs, 0 for none; see `PolicyLoss`
 
 
 class TokenStats(NamedTuple):

@@ -198,7 +198,7 @@ def trl(aggregation: Aggregation, **kwargs: float) -> PPOClip:
 
 TOKENS, K3 = Aggregation(), KLPenalty(coefficient=0.05, estimator="k3", importance_cap=None)
 OLD, ROW, MU = batch(), batch(rows=True), batch(behavior="behavior")
-MU_ROW, SUCCEEDED = batch(behavior="behavior", rows=True), X["score"] > 0
+MU_ROW = batch(behavior="behavior", rows=True)
 WEIGHTS, BAND = {"method": "truncate", "high": math.inf}, {"low": 0.8, "high": 1.2}
 # NeMo-RL and slime put the weight's own gradient into a weighted k3, which then is k2's: our k3+.
 UNWEIGHTED = KLPenalty(coefficient=0.05, estimator="k3+", importance_cap=None)
@@ -246,11 +246,7 @@ POLICIES: dict[str, tuple[PolicyLoss, Batch]] = {
     "nemo_rl/correction_icepop": (PPOClip(correction=Correction(method="mask", **BAND)), MU),
     "nemo_rl/kl": (PPOClip(kl=UNWEIGHTED), OLD),
     "nemo_rl/kl_weighted": (PPOClip(kl=WEIGHTED), MU),
-    # It divides by the tokens of what succeeded, in a microbatch; ours by all tokens of the minibatch.
-    "nemo_rl/positive_nll": (
-        PPOClip(positive_nll=float(0.1 * N / MASK[SUCCEEDED].sum())),
-        OLD._replace(score_B=jnp.asarray(X["score"])),
-    ),
+    "nemo_rl/positive_nll": (PPOClip(positive_nll=0.1), OLD._replace(score_B=jnp.asarray(X["score"]))),
     "slime/ppo": (PPOClip(aggregation=SEQUENCE, **clip(0.2, 0.28)), OLD),
     "slime/ppo_token": (PPOClip(**clip(0.2, 0.28)), OLD),
     "slime/ppo_behavior": (PPOClip(anchor="behavior", aggregation=SEQUENCE, **clip(0.2, 0.28)), MU),
@@ -297,7 +293,8 @@ def losses() -> dict[str, tuple[np.ndarray, np.ndarray]]:
     first |= {name: name for name in MEANS} | {name: name.split("/")[1] for name in KLS}
 
     def policy(name: str, given: Batch, now_BT: jax.Array) -> jax.Array:
-        out = POLICIES[name][0](TokenStats(now_BT), given)
+        loss = POLICIES[name][0]
+        out = loss(TokenStats(now_BT), loss.of_minibatch(given))
         return out.sum / out.weight
 
     def value(aggregation: Aggregation, given: Batch, value_BT: jax.Array) -> jax.Array:

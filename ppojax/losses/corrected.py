@@ -7,12 +7,12 @@ from typing import Literal
 from pydantic import Field, model_validator
 
 from ppojax.lazy import Float, jax
+from ppojax.losses.anchored import AnchoredLoss
 from ppojax.losses.correction import Correction
-from ppojax.losses.policy import PolicyLoss
 from ppojax.types import Batch, LossOut, Metrics, TokenStats
 
 
-class CorrectedLoss(PolicyLoss):
+class CorrectedLoss(AnchoredLoss):
     """A loss of pi/pi_old, which may be corrected for a sampler that is not pi_old."""
 
     anchor: Literal["old", "behavior"] = Field(
@@ -26,14 +26,9 @@ class CorrectedLoss(PolicyLoss):
     )
 
     @property
-    def needs(self) -> frozenset[str]:
-        """Which of the experience's optional arrays the loss reads: `logp_old`, `logp_ref`, `hidden_ref`."""
-        return super().needs | ({"logp_old"} if self.anchor == "old" else set())
-
-    @property
     def off_policy(self) -> bool:
-        """Whether another policy may have drawn the tokens: with a ratio over the sampler, or a correction for it."""
-        return self.anchor == "behavior" or self.correction.method != "none"
+        """With a ratio to the sampler, or a correction for it."""
+        return super().off_policy or self.correction.method != "none"
 
     @model_validator(mode="after")
     def _corrects_something(self) -> CorrectedLoss:
@@ -43,13 +38,6 @@ class CorrectedLoss(PolicyLoss):
                 "would count the difference twice: set correction.method=none, or anchor=old"
             )
         return self
-
-    def logp_old(self, batch: Batch) -> Float[jax.Array, "B T"]:
-        """Log-probabilities of the anchor, stop-gradiented."""
-        e = batch.experience
-        logp_old_BT = e.logp_old_BT if self.anchor == "old" else e.logp_behavior_BT
-        assert logp_old_BT is not None, f"{type(self).__name__} needs logp_old, which was not scored"
-        return jax.lax.stop_gradient(logp_old_BT)
 
     def corrected(
         self, policy_BT: Float[jax.Array, "B T"], stats: TokenStats, batch: Batch, metrics: Metrics

@@ -8,7 +8,7 @@ from pydantic import Field, model_validator
 
 from ppojax.component import Component
 from ppojax.lazy import Float, jax, jnp
-from ppojax.losses.divergence import log_ratio
+from ppojax.losses.divergence import held, log_ratio
 from ppojax.losses.sequence import over_row
 from ppojax.masking import masked_mean
 from ppojax.types import Experience, Metrics
@@ -56,7 +56,7 @@ class Correction(Component):
         log_BT = log_ratio(experience.logp_old_BT, experience.logp_behavior_BT)
         if self.level != "token":
             log_BT = over_row(log_BT, action_BT, mean=self.level == "geometric")
-        weight_BT = jnp.exp(jnp.clip(log_BT, -20.0, 20.0))
+        weight_BT = jnp.exp(held(log_BT))
         outside_BT = (weight_BT < self.low) | (weight_BT > self.high)
         held_BT = jnp.clip(weight_BT, self.low, self.high)
         used_BT = held_BT if self.method == "truncate" else jnp.where(outside_BT, 0.0, weight_BT)

@@ -21,9 +21,14 @@ class Divergence(NamedTuple):
     kl: jax.Array  # KL(from || to), nats
 
 
+def held(log_ratio: Float[jax.Array, "*dims"]) -> Float[jax.Array, "*dims"]:
+    """Hold the logarithm of a ratio within +-20; where the bound holds it, the gradient is 0."""
+    return jnp.clip(log_ratio, -MAX_LOG_RATIO, MAX_LOG_RATIO)
+
+
 def log_ratio(logp: Float[jax.Array, "*dims"], logp_other: Float[jax.Array, "*dims"]) -> Float[jax.Array, "*dims"]:
-    """Compute log(p / p_other), held within +-20; where the bound holds it, the gradient is 0."""
-    return jnp.clip(logp - logp_other, -MAX_LOG_RATIO, MAX_LOG_RATIO)
+    """Compute log(p / p_other), as `held`."""
+    return held(logp - logp_other)
 
 
 def log1mexp(x: Float[jax.Array, "*dims"]) -> Float[jax.Array, "*dims"]:
@@ -54,6 +59,11 @@ def binary_kl(logp_from: Float[jax.Array, "*dims"], logp_to: Float[jax.Array, "*
     chosen = jnp.exp(logp_from) * (logp_from - logp_to)
     others = -jnp.expm1(logp_from) * (log1mexp(logp_from) - log1mexp(logp_to))
     return jnp.maximum(chosen + others, 0.0)
+
+
+def binary(logp_from: Float[jax.Array, "*dims"], logp_to: Float[jax.Array, "*dims"]) -> Divergence:
+    """Compute both over {a, not a}."""
+    return Divergence(binary_tv(logp_from, logp_to), binary_kl(logp_from, logp_to))
 
 
 def topk_divergence(

@@ -9,8 +9,9 @@ from pydantic import Field
 
 from ppojax.actions import at_actions, to_tokens
 from ppojax.lazy import Bool, Float, jax, jnp
-from ppojax.losses.divergence import Divergence, binary_kl, binary_tv, log_ratio, topk_divergence
-from ppojax.losses.policy import PolicyLoss
+from ppojax.losses.anchored import AnchoredLoss
+from ppojax.losses.divergence import Divergence, binary, topk_divergence
+from ppojax.losses.weighted import WeightedLoss, region_metrics
 from ppojax.masking import masked_max, masked_mean
 from ppojax.types import Batch, LossOut, Metrics, Records, TokenStats
 
@@ -20,7 +21,7 @@ Support = Literal["binary", "topk", "full"]
 _ORDER_SLACK = 1e-5
 
 
-class DPPO(PolicyLoss):
+class DPPO(AnchoredLoss, WeightedLoss):
     """Divergence PPO: importance-weighted policy gradient without the tokens that would leave the trust region."""
 
     type: Literal["dppo"] = "dppo"
@@ -55,9 +56,9 @@ class DPPO(PolicyLoss):
     )
 
     @property
-    def needs(self) -> frozenset[str]:
-        """Which of the experience's optional arrays the loss reads: `logp_old`, `logp_ref`, `hidden_ref`."""
-        return super().needs | ({"logp_old"} if self.anchor == "old" else set())
+    def off_policy(self) -> bool:
+        """Always: the weight is the ratio to the sampler, whatever the anchor."""
+        return True
 
     @property
     def records(self) -> Records:
@@ -77,29 +78,21 @@ class DPPO(PolicyLoss):
         `actor/pg_loss` reports the value above. Shares of masked tokens leave out tokens of zero advantage.
         `trust_region/order_violation_frac` is of tokens where a coarser support shows more than a finer one.
         """
-        experience = batch.experience
-        advantage_BT = jax.lax.stop_gradient(batch.advantage_BT)
-        logp_BT = jax.lax.stop_gradient(stats.logp)
-        anchor_BT = experience.logp_behavior_BT if self.anchor == "behavior" else experience.logp_old_BT
-        assert anchor_BT is not None, "anchor=old, but logp_old was not scored"
-
-        weight_BT = jnp.minimum(jnp.exp(log_ratio(logp_BT, experience.logp_behavior_BT)), self.cap)
+        logp_BT, anchor_BT = jax.lax.stop_gradient(stats.logp), self.logp_anchor(batch)
         found = self._divergences(stats, batch, anchor_BT)
-        used, binary = found[self.support], found["binary"]
-        outside_BT = self._outside(used.tv if self.divergence == "tv" else used.kl, logp_BT - anchor_BT, advantage_BT)
-        policy_BT = -advantage_BT * weight_BT * (~outside_BT).astype(jnp.float32) * stats.logp
-
-        metrics = _trust_region_metrics(outside_BT, used, binary.tv, anchor_BT - logp_BT, batch)
-        return self.assemble(policy_BT, stats, batch, metrics | _order_metrics(list(found.values()), batch))
+        used = found[self.support]
+        measured_BT = used.tv if self.divergence == "tv" else used.kl
+        outside_BT = self._outside(measured_BT, logp_BT - anchor_BT, batch.advantage_BT)
+        weight_BT = jnp.where(outside_BT, 0.0, self.importance(stats, batch))
+        metrics = region_metrics(outside_BT, stats, batch, anchor_BT, used)
+        return self.weigh(weight_BT, stats, batch, metrics | _order_metrics(list(found.values()), batch))
 
     def _divergences(
         self, stats: TokenStats, batch: Batch, anchor_BT: Float[jax.Array, "B T"]
     ) -> dict[Support, Divergence]:
         """Measure the trust region with each support that there are numbers for, from the coarsest to the finest."""
         stats = jax.lax.stop_gradient(stats)
-        found: dict[Support, Divergence] = {
-            "binary": Divergence(binary_tv(anchor_BT, stats.logp), binary_kl(anchor_BT, stats.logp))
-        }
+        found: dict[Support, Divergence] = {"binary": binary(anchor_BT, stats.logp)}
         records = self.records
         if records.top_k:
             found["topk"] = _topk(stats, batch)
@@ -151,28 +144,4 @@ def _order_metrics(found: list[Divergence], batch: Batch) -> Metrics:
     return {
         "trust_region/order_violation_frac": masked_mean(broken_BT.astype(jnp.float32), action_BT),
         "trust_region/order_excess_max": masked_max(excess_BT, action_BT),
-    }
-
-
-def _trust_region_metrics(
-    outside_BT: Bool[jax.Array, "B T"],
-    used: Divergence,
-    binary_tv_BT: Float[jax.Array, "B T"],
-    fall_BT: Float[jax.Array, "B T"],
-    batch: Batch,
-) -> Metrics:
-    action_BT, advantage_BT = batch.experience.action_BT, batch.advantage_BT
-    moved_BT = action_BT & (advantage_BT != 0)
-    # An update that lowers a token which the anchor gave at least half more (absolute) than the policy now does.
-    bad_BT = (advantage_BT < 0) & (fall_BT > 0) & (binary_tv_BT >= 0.5)
-    outside_BT = outside_BT.astype(jnp.float32)
-    return {
-        "trust_region/masked_frac": masked_mean(outside_BT, moved_BT),
-        "trust_region/masked_frac_pos": masked_mean(outside_BT, action_BT & (advantage_BT > 0)),
-        "trust_region/masked_frac_neg": masked_mean(outside_BT, action_BT & (advantage_BT < 0)),
-        "trust_region/bad_update_frac": masked_mean(bad_BT.astype(jnp.float32), moved_BT),
-        "trust_region/tv_mean": masked_mean(used.tv, action_BT),
-        "trust_region/tv_max": masked_max(used.tv, action_BT),
-        "trust_region/kl_mean": masked_mean(used.kl, action_BT),
-        "actor/ppo_kl": masked_mean(fall_BT, action_BT),
     }

@@ -9,6 +9,7 @@ from pydantic import Field
 from ppojax.lazy import jax, jnp
 from ppojax.losses.aggregate import Aggregation
 from ppojax.losses.corrected import CorrectedLoss
+from ppojax.losses.divergence import held
 from ppojax.losses.sequence import over_row
 from ppojax.masking import masked_mean
 from ppojax.types import Batch, LossOut, Metrics, TokenStats
@@ -36,12 +37,12 @@ class GSPO(CorrectedLoss):
         The ratio is the row's also where compaction cut an episode into several: those may lie in other minibatches.
         `aggregation.sequence` only says how rows are averaged.
         """
-        logp_old_BT = self.logp_old(batch)
+        logp_old_BT = self.logp_anchor(batch)
         advantage_BT = jax.lax.stop_gradient(batch.advantage_BT)
         action_BT = batch.experience.action_BT
         mean_BT = over_row(jax.lax.stop_gradient(stats.logp) - logp_old_BT, action_BT, mean=True)
         own_BT = stats.logp - jax.lax.stop_gradient(stats.logp)  # 0, with the gradient of log pi
-        ratio_BT = jnp.exp(jnp.clip(mean_BT, -20.0, 20.0) + own_BT)
+        ratio_BT = jnp.exp(held(mean_BT) + own_BT)
         plain_BT = -advantage_BT * ratio_BT
         clipped_BT = -advantage_BT * jnp.clip(ratio_BT, 1.0 - self.clip_low, 1.0 + self.clip_high)
         metrics: Metrics = {

@@ -4,19 +4,17 @@ from __future__ import annotations
 
 from pydantic import Field
 
-from ppojax.component import Component
 from ppojax.lazy import Float, jax, jnp
-from ppojax.losses.aggregate import Aggregation
+from ppojax.losses.base import TokenLoss
 from ppojax.losses.entropy import EntropyControl
 from ppojax.losses.kl import KLPenalty
 from ppojax.masking import masked_mean
-from ppojax.types import NO_RECORDS, Batch, LossOut, Metrics, Records, TokenStats
+from ppojax.types import Batch, LossOut, Metrics, TokenStats
 
 
-class PolicyLoss(Component):
+class PolicyLoss(TokenLoss):
     """The base of the policy losses. `needs`, `records` and `entropy` say what must be there before the loss can be."""
 
-    aggregation: Aggregation = Field(default=Aggregation(), description="how the losses of tokens are averaged")
     entropy_coefficient: float = Field(
         default=0.0, description="weight of the entropy bonus (full vocabulary, with gradient)"
     )
@@ -33,32 +31,44 @@ class PolicyLoss(Component):
 
     @property
     def needs(self) -> frozenset[str]:
-        """Which of the experience's optional arrays the loss reads: `logp_old`, `logp_ref`, `hidden_ref`."""
+        """As every loss says, with what a KL penalty reads."""
         return self.kl.needs
 
     @property
     def off_policy(self) -> bool:
-        """Whether another policy may have drawn the tokens: what the advantage multiplies has the ratio pi/mu in it."""
+        """With a ratio to the sampler, as most have it."""
         return True
 
     @property
-    def records(self) -> Records:
-        """What the sampler must keep of its distribution for the loss."""
-        return NO_RECORDS
-
-    @property
     def entropy(self) -> bool:
-        """Whether the loss reads the entropy of the policy."""
+        """With a bonus."""
         return self.entropy_coefficient != 0 or self.entropy_control is not None
+
+    def of_minibatch(self, batch: Batch) -> Batch:
+        """Say what the imitation of a row's tokens weighs, so that it is a mean over what is imitated.
+
+        W / W' in rows to be imitated, else 0, with W the weight of the whole minibatch and W' that of these rows: the
+        tokens of each, or what else `aggregation` counts (VAPO, arXiv 2504.05118, eq. 10).
+        """
+        if not self.positive_nll:
+            return batch
+        assert batch.score_B is not None, "positive_nll needs the rewards of episodes, which the batch has not"
+        mask_BT, good_B = batch.experience.action_BT, batch.score_B > self.positive_from
+        whole, good = (
+            self.aggregation(batch.advantage_BT, mask, batch.written_B).weight
+            for mask in (mask_BT, mask_BT & good_B[:, None])
+        )
+        scale = jnp.where(good > 0, whole / jnp.maximum(good, 1e-9), 0.0)
+        return batch._replace(imitated_B=jnp.where(good_B, scale, 0.0))
 
     def assemble(
         self, policy_BT: Float[jax.Array, "B T"], stats: TokenStats, batch: Batch, metrics: Metrics
     ) -> LossOut:
         """Aggregate policy - c H + kl.coefficient KL - positive_nll P log pi, adding each part's metric.
 
-        H is the entropy, and c `entropy_coefficient` times the batch's own weight of the token, if it has one; P is 1
-        in episodes with a reward over `positive_from`, else 0 (VAPO, arXiv 2504.05118). All are averaged alike. The
-        entropy is reported whenever it is there, the KL when it is penalised.
+        H is the entropy, and c `entropy_coefficient` times the batch's own weight of the token, if it has one; P is
+        `imitated_B` (see `of_minibatch`), 0 but in episodes with a reward over `positive_from`. All are averaged alike.
+        The entropy is reported whenever it is there, the KL when it is penalised.
         """
         mask_BT = batch.experience.action_BT
         total_BT = policy_BT
@@ -74,8 +84,8 @@ class PolicyLoss(Component):
             metrics["actor/kl_loss"] = self.aggregation(kl_BT, mask_BT, batch.written_B)
             total_BT = total_BT + self.kl.coefficient * kl_BT
         if self.positive_nll:
-            assert batch.score_B is not None, "positive_nll needs the rewards of episodes, which the batch has not"
-            nll_BT = jnp.where(batch.score_B[:, None] > self.positive_from, -stats.logp, 0.0)
+            assert batch.imitated_B is not None, "positive_nll needs to know the whole minibatch: see of_minibatch"
+            nll_BT = jax.lax.stop_gradient(batch.imitated_B)[:, None] * -stats.logp
             metrics["actor/positive_nll"] = self.aggregation(nll_BT, mask_BT, batch.written_B)
             total_BT = total_BT + self.positive_nll * nll_BT
         total = self.aggregation(total_BT, mask_BT, batch.written_B)

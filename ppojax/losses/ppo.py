@@ -35,7 +35,7 @@ class PPOClip(CorrectedLoss):
         of tokens where the clip decides, `actor/pg_clipfrac_lower` where the dual clip does. A correction multiplies
         the loss of each token.
         """
-        logp_old_BT = self.logp_old(batch)
+        logp_old_BT = self.logp_anchor(batch)
         advantage_BT = jax.lax.stop_gradient(batch.advantage_BT)
         action_BT = batch.experience.action_BT
 

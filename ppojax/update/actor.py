@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from ppojax.losses import Loss
-from ppojax.losses.divergence import log_ratio
+from ppojax.losses.divergence import held, log_ratio
 from ppojax.losses.router import RouterLoss
 from ppojax.masking import finish, masked_max, masked_mean
 from ppojax.models.forward import ALONE, Heads, ModelDef, Params, score_and_route
@@ -37,7 +37,7 @@ def mismatch(stats: TokenStats, batch: Batch) -> Metrics:
     return exact | {
         "sampling/logp_diff_mean": masked_mean(jnp.abs(gap_BT), e.action_BT),
         "sampling/logp_diff_max": masked_max(jnp.abs(gap_BT), e.action_BT),
-        "sampling/ratio_mean": masked_mean(jnp.exp(jnp.clip(gap_BT, -20.0, 20.0)), e.action_BT),
+        "sampling/ratio_mean": masked_mean(jnp.exp(held(gap_BT)), e.action_BT),
     }
 
 
@@ -108,9 +108,9 @@ def actor_step(
         extra, load = router(routing)
         return out._replace(sum=out.sum + extra * out.weight, metrics={**out.metrics, **load})
 
+    batch = loss.of_minibatch(batch)
     grads, value, weight, metrics, trace = gradients(objective, state.params, batch, microbatch_rows, layout.group)
-    transform = with_perturb(optimizer, perturb)
-    rate = optimizer.learning_rate_at(state.step)
+    transform, rate = with_perturb(optimizer, perturb), optimizer.learning_rate_at(state.step)
     assert trace is not None
     state, applied = apply_gradients(state, grads, weight, transform)
     state = jax.lax.with_sharding_constraint(

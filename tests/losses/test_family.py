@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from pydantic import ValidationError
 
+from policy_losses import LOSSES
 from ppojax.losses import (
     CISPO,
     CPPO,
@@ -150,33 +151,25 @@ def gspo(a: np.ndarray, mu: np.ndarray, old: np.ndarray, now: np.ndarray) -> lis
 
 
 SUM = Aggregation()  # its sum is the sum over tokens
-CASES: dict[str, tuple[PolicyLoss, Row]] = {
-    "reinforce": (Reinforce(), weighted(lambda rho, **_: min(rho, 5.0))),
-    "reinforce without weights": (Reinforce(importance_weight=False), weighted(lambda **_: 1.0)),
-    "cispo": (CISPO(clip_high=0.5), weighted(lambda rho, **_: min(rho, 1.5))),
-    "cispo low": (CISPO(clip_low=0.2, clip_high=0.5), weighted(lambda rho, **_: min(max(rho, 0.8), 1.5))),
-    "cispo old": (CISPO(anchor="old", clip_high=0.5), weighted(lambda r, **_: min(r, 1.5))),
-    "minirl": (MiniRL(), weighted(minirl)),
-    "dis": (DIS(clip_high=1.0), weighted(lambda rho, **_: rho if 0.7 < rho < 2.0 else 0.0)),
-    "ipo": (IPO(), ipo),
-    "drpo": (DRPO(), weighted(drpo)),
-    "cppo": (CPPO(), cppo),
-    "gspo": (GSPO(clip_low=0.1, clip_high=0.2, aggregation=SUM), gspo),
-    "tis": (PPOClip(correction=Correction(method="truncate", high=1.1)), ppo(lambda x: np.minimum(np.exp(x), 1.1))),
-    "decoupled": (PPOClip(correction=Correction(method="truncate", high=math.inf)), ppo(np.exp)),
-    "icepop": (
-        PPOClip(correction=Correction(method="mask", low=0.9, high=1.1)),
-        ppo(lambda x: np.exp(x) * (np.exp(x) >= 0.9) * (np.exp(x) <= 1.1)),
-    ),
-    "mis sequence": (
-        PPOClip(correction=Correction(method="mask", level="sequence", low=0.8, high=1.25)),
-        ppo(lambda x: np.full(len(x), np.exp(x.sum()) * (0.8 <= np.exp(x.sum()) <= 1.25))),
-    ),
-    "tis geometric": (
-        PPOClip(correction=Correction(method="truncate", level="geometric", low=0.99, high=1.05)),
-        ppo(lambda x: np.full(len(x), np.clip(np.exp(x.mean()), 0.99, 1.05)) if len(x) else x),
-    ),
+ROWS: dict[str, Row] = {
+    "reinforce": weighted(lambda rho, **_: min(rho, 5.0)),
+    "reinforce without weights": weighted(lambda **_: 1.0),
+    "cispo": weighted(lambda rho, **_: min(rho, 1.5)),
+    "cispo low": weighted(lambda rho, **_: min(max(rho, 0.8), 1.5)),
+    "cispo old": weighted(lambda r, **_: min(r, 1.5)),
+    "minirl": weighted(minirl),
+    "dis": weighted(lambda rho, **_: rho if 0.7 < rho < 2.0 else 0.0),
+    "ipo": ipo,
+    "drpo": weighted(drpo),
+    "cppo": cppo,
+    "gspo": gspo,
+    "tis": ppo(lambda x: np.minimum(np.exp(x), 1.1)),
+    "decoupled": ppo(np.exp),
+    "icepop": ppo(lambda x: np.exp(x) * (np.exp(x) >= 0.9) * (np.exp(x) <= 1.1)),
+    "mis sequence": ppo(lambda x: np.full(len(x), np.exp(x.sum()) * (0.8 <= np.exp(x.sum()) <= 1.25))),
+    "tis geometric": ppo(lambda x: np.full(len(x), np.clip(np.exp(x.mean()), 0.99, 1.05)) if len(x) else x),
 }
+CASES = {name: (LOSSES[name], row) for name, row in ROWS.items()}
 
 
 @pytest.mark.parametrize("name", CASES)

@@ -79,7 +79,7 @@ def test_finite_where_the_ratio_overflows(a, logp, old):
 
 def test_needs_the_old_policy():
     assert PPOClip().needs == {"logp_old"}
-    with pytest.raises(AssertionError, match="PPOClip needs logp_old"):
+    with pytest.raises(AssertionError, match="logp_old was not scored"):
         PPOClip()(stats(), token_row(A))
 
 

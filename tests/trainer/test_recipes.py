@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from ppojax.config import Config
+from ppojax.losses import DPPO
 from ppojax.models.perturb import apart
 from ppojax.models.pretrained import Loaded
 from ppojax.trainer import Trainer
@@ -82,7 +83,10 @@ def warm() -> dict[str, Any]:
 @pytest.mark.slow
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_recipes_learn(recipe: str, warm: dict[str, Any]) -> None:
-    """Reward from .26 (the same episodes for all) up: measured over .8 after 10 steps by each."""
+    """Reward from .26 (the same episodes for all) up: measured over .8 after 10 steps by each.
+
+    With DPPO some tokens leave the region, for both signs of the advantage: it has more to do than to be there.
+    """
     trainer = Trainer(Config.load(*sized(recipe), "actor.optimizer.learning_rate=1e-3", "critic.updates=2"))
     weights, deviations = apart(trainer.states.actor.params)
     start = jax.device_put(warm, jax.tree.map(lambda p: p.sharding, weights))
@@ -92,5 +96,9 @@ def test_recipes_learn(recipe: str, warm: dict[str, Any]) -> None:
         _, _, trainer.states.critic = build_critic(trainer.config, loaded, trainer.parts.mesh)
     if trainer.reference is not None:
         trainer.reference = jax.tree.map(lambda p: p.copy(), start)
-    rewards = [trainer.step().metrics["reward/mean"] for _ in range(10)]
+    steps = [trainer.step().metrics for _ in range(10)]
+    rewards = [step["reward/mean"] for step in steps]
+    if isinstance(trainer.config.loss, DPPO):
+        for sign in ("pos", "neg"):
+            assert max(step[f"trust_region/masked_frac_{sign}"] for step in steps) > 0, sign
     assert rewards[0] < 0.4 and np.mean(rewards[-3:]) > 0.6, rewards

@@ -53,5 +53,6 @@ def minibatch(
     old_BT = np.where(action_BT, np.asarray(experience.logp_behavior_BT) + move_BT, 0).astype(np.float32)
     advantage_BT, old_BT = shard_rows((advantage_BT, old_BT), built)
     return_MBT, value_MBT = shard_rows((return_BT[None], value_BT[None]), built, axis=1)
-    scored = experience._replace(logp_old_BT=old_BT, value_MBT=value_MBT)
-    return Batch(scored, advantage_BT, return_MBT), layout
+    scored = experience._replace(logp_old_BT=old_BT, logp_ref_BT=old_BT, value_MBT=value_MBT)
+    score_B = shard_rows(np.asarray([b % 2 for b in range(len(action_BT))], np.float32), built)
+    return Batch(scored, advantage_BT, return_MBT, score_B), layout

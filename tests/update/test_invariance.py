@@ -17,8 +17,9 @@ import numpy as np
 import pytest
 from random_batch import meshes_of, minibatch, minibatch_rows
 
+import policy_losses
 from helpers import ACTOR, CRITIC, params
-from ppojax.losses import DPPO, PPOClip, ValueLoss
+from ppojax.losses import CPPO, DPPO, DRPO, IPO, KLPenalty, PPOClip, ValueLoss
 from ppojax.mesh import MeshConfig
 from ppojax.models.forward import score_tokens
 from ppojax.types import Batch, Ending, Layout, TokenTrace
@@ -30,7 +31,17 @@ from ppojax.update.state import init_state
 OPTIMIZER = OptimizerConfig(learning_rate=1.0, eps=1.0, max_grad_norm=1e6)
 CRITIC_CONFIG = CriticConfig(optimizer=OPTIMIZER, loss=ValueLoss(clip=0.3))
 # The policy is fresh, so that no token's probability is far from 1/48.
-LOSSES = {"dppo": DPPO(entropy_coefficient=0.01, delta_low=4e-3, delta_high=2e-3), "ppo": PPOClip()}
+NEAR = {
+    "ipo": IPO(delta=4e-3),
+    "drpo": DRPO(delta=4e-3),
+    "cppo": CPPO(delta=4e-3, budget=1e-3),
+    "entropy and kl": DPPO(delta_low=4e-3, kl=KLPenalty(coefficient=0.3, estimator="k1")),
+}
+LOSSES = {
+    **(policy_losses.LOSSES | policy_losses.MORE | NEAR),
+    "dppo": DPPO(entropy_coefficient=0.01, delta_low=4e-3, delta_high=2e-3),
+    "ppo": PPOClip(),
+}
 KINDS = ("dppo", "ppo", "critic")
 
 
@@ -206,3 +217,15 @@ def test_a_failed_row_might_as_well_not_be_there(kind: str) -> None:
     nonsense = replace(rows[-1], token=rows[-1].token[::-1], logp_behavior=rows[-1].logp_behavior - 50)
     batch, layout = minibatch(rows=[*rows[:-1], nonsense])
     assert_same(step(kind, batch, layout, 8), kind)
+
+
+# These compare with what the sampler did not record here; in parts they are tested without a model.
+RECORDED = {"dppo topk", "dppo full"}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", sorted(LOSSES.keys() - RECORDED - {"dppo", "ppo"}))
+def test_every_loss_is_the_same_in_parts_and_on_a_mesh(kind: str) -> None:
+    mesh = MeshConfig(data=2, fsdp=2, tensor=2)
+    batch, layout = minibatch(mesh, share=True)
+    assert_same(step(kind, batch, layout, 4, mesh), kind)
