@@ -37,6 +37,10 @@ LOSSES: dict[str, PolicyLoss] = {
     "decoupled": PPOClip(correction=Correction(method="truncate", high=math.inf)),
     "icepop": PPOClip(correction=Correction(method="mask", low=0.9, high=1.1)),
     "mis sequence": PPOClip(correction=Correction(method="mask", level="sequence", low=0.8, high=1.25)),
+    "rows masked, tokens weighed": PPOClip(
+        correction=Correction(method="mask", level="geometric", weight="token", low=0.95, high=1.1)
+    ),
+    "rows rejected": PPOClip(correction=Correction(method="mask", level="sequence", weight="one", low=0.8, high=1.25)),
     "tis geometric": PPOClip(correction=Correction(method="truncate", level="geometric", low=0.99, high=1.05)),
 }
 # What differs by what is compared, added or averaged, and not by its own formula.

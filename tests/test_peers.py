@@ -196,10 +196,15 @@ def trl(aggregation: Aggregation, **kwargs: float) -> PPOClip:
     return PPOClip(aggregation=aggregation, kl=k3, **(clip(0.2, 0.28) | kwargs))
 
 
+def corrected(method: str, **kwargs: str | float) -> PPOClip:
+    return PPOClip(correction=Correction(method=method, **kwargs))
+
+
 TOKENS, K3 = Aggregation(), KLPenalty(coefficient=0.05, estimator="k3", importance_cap=None)
 OLD, ROW, MU = batch(), batch(rows=True), batch(behavior="behavior")
 MU_ROW = batch(behavior="behavior", rows=True)
 WEIGHTS, BAND = {"method": "truncate", "high": math.inf}, {"low": 0.8, "high": 1.2}
+NARROW = {"level": "geometric", "low": 0.98, "high": 1.02}
 # NeMo-RL and slime put the weight's own gradient into a weighted k3, which then is k2's: our k3+.
 UNWEIGHTED = KLPenalty(coefficient=0.05, estimator="k3+", importance_cap=None)
 WEIGHTED = KLPenalty(coefficient=0.05, estimator="k3+", importance_cap=math.inf)
@@ -208,6 +213,11 @@ POLICIES: dict[str, tuple[PolicyLoss, Batch]] = {
     "verl/dual_clip": (PPOClip(dual_clip=1.5), OLD),
     "verl/dppo_tv": (DPPO(delta_low=0.1, delta_high=0.15, cap=1.7), OLD),
     "verl/dppo_kl": (DPPO(divergence="kl", delta_low=0.02, delta_high=0.03, cap=1.7), OLD),
+    "verl/tis_token": (corrected("truncate", high=1.2), MU),
+    "verl/tis_sequence": (corrected("truncate", level="sequence", high=1.2), MU),
+    "verl/icepop_token": (corrected("mask", **BAND), MU),
+    "verl/icepop_sequence": (corrected("mask", level="sequence", **BAND), MU),
+    "verl/rejection": (corrected("mask", weight="one", **NARROW), MU),
     "verl/gspo": (GSPO(**clip(0.1, 0.1)), OLD),
     "verl/cispo": (CISPO(anchor="old", **clip(0.3, 0.4)), OLD),
     "skyrl/ppo_token_mean": (PPOClip(**clip(0.2, 0.28)), OLD),
@@ -216,14 +226,20 @@ POLICIES: dict[str, tuple[PolicyLoss, Batch]] = {
     "skyrl/dual_clip": (PPOClip(dual_clip=1.5, **clip(0.2, 0.28)), OLD),
     "skyrl/gspo": (GSPO(**clip(0.1, 0.1)), OLD),
     "skyrl/cispo": (CISPO(anchor="old", **clip(0.3, 0.4)), OLD),
+    "skyrl/correction_tis_token": (corrected("truncate", high=1.2), MU),
+    "skyrl/correction_tis_sequence": (corrected("truncate", level="sequence", high=1.2), MU),
+    "skyrl/correction_geometric": (corrected("mask", weight="one", **NARROW), MU),
+    "skyrl/correction_geometric_tis": (corrected("mask", weight="token", **NARROW), MU),
+    "skyrl/correction_product": (corrected("mask", level="sequence", weight="one", low=0.8, high=1.25), MU),
     "skyrl/dppo_tv": (DPPO(delta_low=0.1, delta_high=0.15, cap=math.inf), MU),
     "skyrl/dppo_kl": (DPPO(divergence="kl", delta_low=0.02, delta_high=0.03, cap=math.inf), MU),
     "openrlhf/ppo": (PPOClip(**clip(0.2, 0.28)), MU),
     "openrlhf/ppo_sequence": (PPOClip(aggregation=SEQUENCE, **clip(0.2, 0.28)), MU),
     "openrlhf/dual_clip": (PPOClip(dual_clip=1.5), MU),
     "openrlhf/gspo": (GSPO(**clip(0.1, 0.1)), ROW),
-    "openrlhf/correction_clip": (PPOClip(correction=Correction(method="truncate", low=0.8, high=1.2)), MU),
-    "openrlhf/correction_mask": (PPOClip(correction=Correction(method="mask", low=0.8, high=1.2)), MU),
+    "openrlhf/correction_clip": (corrected("truncate", **BAND), MU),
+    "openrlhf/correction_mask": (corrected("mask", **BAND), MU),
+    "openrlhf/correction_rows": (corrected("mask", weight="token", **NARROW), MU),
     "trl/grpo": (trl(SEQUENCE), ROW),
     "trl/bnpo": (trl(TOKENS), ROW),
     "trl/dapo": (trl(TOKENS), ROW),
@@ -233,6 +249,11 @@ POLICIES: dict[str, tuple[PolicyLoss, Batch]] = {
     "trl/cispo": (CISPO(anchor="old", kl=K3, **clip(1.0, 0.4)), ROW),
     "areal/ppo": (PPOClip(**clip(0.2, 0.28)), OLD),
     "areal/dual_clip": (PPOClip(dual_clip=1.5), OLD),
+    "areal/decoupled": (corrected("truncate", high=math.inf), MU),
+    "areal/correction_tis": (corrected("truncate", **BAND), MU),
+    "areal/correction_icepop": (corrected("mask", **BAND), MU),
+    "areal/correction_tis_rows": (corrected("truncate", **NARROW), MU),
+    "areal/correction_mask_rows": (corrected("mask", **NARROW), MU),
     "areal/gspo": (GSPO(aggregation=TOKENS, **clip(0.1, 0.1)), ROW),
     "nemo_rl/ppo": (PPOClip(**clip(0.2, 0.28)), OLD),
     "nemo_rl/ppo_sequence": (PPOClip(aggregation=SEQUENCE, **clip(0.2, 0.28)), OLD),
@@ -241,9 +262,10 @@ POLICIES: dict[str, tuple[PolicyLoss, Batch]] = {
     "nemo_rl/gspo": (GSPO(**clip(0.1, 0.1)), ROW),
     "nemo_rl/gspo_corrected": (GSPO(correction=Correction(level="sequence", **WEIGHTS), **clip(0.1, 0.1)), MU_ROW),
     "nemo_rl/cispo": (CISPO(anchor="old", **clip(0.3, 0.4)), OLD),
-    "nemo_rl/correction": (PPOClip(correction=Correction(**WEIGHTS)), MU),
-    "nemo_rl/correction_tis": (PPOClip(correction=Correction(method="truncate", **BAND)), MU),
-    "nemo_rl/correction_icepop": (PPOClip(correction=Correction(method="mask", **BAND)), MU),
+    "nemo_rl/correction": (corrected("truncate", high=math.inf), MU),
+    "nemo_rl/correction_tis": (corrected("truncate", **BAND), MU),
+    "nemo_rl/correction_icepop": (corrected("mask", **BAND), MU),
+    "nemo_rl/correction_rows": (corrected("mask", weight="token", **NARROW), MU),
     "nemo_rl/kl": (PPOClip(kl=UNWEIGHTED), OLD),
     "nemo_rl/kl_weighted": (PPOClip(kl=WEIGHTED), MU),
     "nemo_rl/positive_nll": (PPOClip(positive_nll=0.1), OLD._replace(score_B=jnp.asarray(X["score"]))),
@@ -274,8 +296,9 @@ VALUES = {
     "nemo_rl": TOKENS,
     "slime": SEQUENCE,
 }
-# slime's squares are whole, not halves.
-TIMES = {"slime/value": 2.0}
+IN_BAND = np.abs(np.exp(np.where(MASK, X["old"] - X["behavior"], 0).sum(1) / MASK.sum(1)) - 1) <= 0.02
+# slime's squares are whole, not halves. What verl rejects does not count in its means either.
+TIMES = {"slime/value": 2.0, "verl/rejection": float(N / MASK[IN_BAND].sum())}
 MEANS = {
     "verl/token-mean": TOKENS,
     "verl/seq-mean-token-sum": ROWS,
@@ -332,17 +355,8 @@ def test_losses(losses: dict[str, tuple[np.ndarray, np.ndarray]], name: str) -> 
     assert np.abs(gradient).max() > 1e-3
 
 
-def test_rows_out_of_the_band_leave_the_loss_there() -> None:
-    """NeMo-RL's seq-mask-tis weighs tokens and masks rows by their geometric mean; our weight is what is masked by."""
-    log_weight = np.where(MASK, X["old"] - X["behavior"], 0).sum(1) / MASK.sum(1)
-    kept = (np.exp(log_weight) >= 0.98) & (np.exp(log_weight) <= 1.02)
-    assert 0 < kept.sum() < B
-    all_rows = PEERS["nemo_rl/correction/gradient"]
-    close(PEERS["nemo_rl/correction_rows/gradient"], all_rows * kept[:, None])
-
-
 def test_all_that_was_written_down_is_compared() -> None:
     made = {name.rpartition("/")[0] for name in PEERS} - {"input"}
     apart = {"verl/grpo_alone", "verl/rloo_alone", "skyrl/reinforce_plus_plus"}
-    apart |= {"nemo_rl/gae_whitened", "slime/gae_whitened", "nemo_rl/reinforce_plus_plus_kl", "nemo_rl/correction_rows"}
+    apart |= {"nemo_rl/gae_whitened", "slime/gae_whitened", "nemo_rl/reinforce_plus_plus_kl"}
     assert made == {*ADVANTAGES, *POLICIES, *(f"{peer}/value" for peer in VALUES), *MEANS, *KLS} | apart

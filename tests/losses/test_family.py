@@ -167,6 +167,8 @@ ROWS: dict[str, Row] = {
     "decoupled": ppo(np.exp),
     "icepop": ppo(lambda x: np.exp(x) * (np.exp(x) >= 0.9) * (np.exp(x) <= 1.1)),
     "mis sequence": ppo(lambda x: np.full(len(x), np.exp(x.sum()) * (0.8 <= np.exp(x.sum()) <= 1.25))),
+    "rows masked, tokens weighed": ppo(lambda x: np.exp(x) * (0.95 <= np.exp(x.mean()) <= 1.1) if len(x) else x),
+    "rows rejected": ppo(lambda x: np.full(len(x), float(0.8 <= np.exp(x.sum()) <= 1.25))),
     "tis geometric": ppo(lambda x: np.full(len(x), np.clip(np.exp(x.mean()), 0.99, 1.05)) if len(x) else x),
 }
 CASES = {name: (LOSSES[name], row) for name, row in ROWS.items()}
@@ -249,6 +251,7 @@ def test_one_token_of_gspo_is_ppo() -> None:
 def test_what_is_needed() -> None:
     needs = {name: loss.needs for name, (loss, _) in CASES.items()}
     with_old = {"cispo old", "minirl", "gspo", "tis", "decoupled", "icepop", "mis sequence", "tis geometric"}
+    with_old |= {"rows masked, tokens weighed", "rows rejected"}
     assert {name for name, what in needs.items() if what == {"logp_old"}} == with_old
     assert {name for name, what in needs.items() if not what} == CASES.keys() - with_old
     batch, stats = inputs()
@@ -261,6 +264,8 @@ def test_what_is_needed() -> None:
 def test_a_correction_in_the_wrong_order_is_refused() -> None:
     with pytest.raises(ValidationError, match=r"low \(3\.0\) must be under high \(2\.0\)"):
         Correction(low=3.0)
+    with pytest.raises(ValidationError, match=r"weight=token is for method=mask; set weight=level"):
+        Correction(method="truncate", weight="token")
 
 
 def test_what_says_it_is_off_policy_looks_at_the_sampler() -> None:

@@ -226,6 +226,6 @@ RECORDED = {"dppo topk", "dppo full"}
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", sorted(LOSSES.keys() - RECORDED - {"dppo", "ppo"}))
 def test_every_loss_is_the_same_in_parts_and_on_a_mesh(kind: str) -> None:
-    mesh = MeshConfig(data=2, fsdp=2, tensor=2)
+    mesh = MeshConfig(data=2, tensor=4)
     batch, layout = minibatch(mesh, share=True)
     assert_same(step(kind, batch, layout, 4, mesh), kind)

@@ -79,12 +79,14 @@ sys.meta_path.insert(0, StandIns())
 without_init("openrlhf", "openrlhf.models", "openrlhf.trainer", "openrlhf.trainer.ppo_utils")
 without_init("areal", "areal.trainer", "areal.trainer.ppo", "areal.utils")
 verl = importlib.import_module("verl.trainer.ppo.core_algos")
+verl_correction = importlib.import_module("verl.trainer.ppo.rollout_corr_helper")
 verl_config = importlib.import_module("verl.workers.config").ActorConfig
 openrlhf_loss = importlib.import_module("openrlhf.models.loss")
 openrlhf_kl = importlib.import_module("openrlhf.models.utils").compute_approx_kl
 skyrl = importlib.import_module("skyrl.backends.skyrl_train.utils.ppo_utils")
 trl = importlib.import_module("trl.trainer.grpo_trainer").GRPOTrainer
 areal = importlib.import_module("areal.utils.functional.functional")
+areal_band = importlib.import_module("areal.api.cli_args").RejectionSamplingConfig
 areal_kl = importlib.import_module("areal.utils.data").KLEstimator
 
 
@@ -235,6 +237,20 @@ def losses_of_verl() -> None:
     run("dppo_kl", "dppo_kl", A, clip_ratio_low=0.02, clip_ratio_high=0.03, clip_ratio_c=1.7)
     run("gspo", "gspo", A, "seq-mean-token-mean", clip_ratio_low=0.1, clip_ratio_high=0.1)
     run("cispo", "cispo", A, clip_ratio_low=0.3, clip_ratio_high=0.4)
+    gap = X["old"] - X["behavior"]
+
+    def corrected(name: str, mask: torch.Tensor = MASK, weight: torch.Tensor | None = None) -> None:
+        settings = verl_config(strategy="fsdp", rollout_n=1, use_dynamic_bsz=True, clip_ratio=0.2, clip_ratio_c=1e6)
+        loss = verl.get_policy_loss_fn("vanilla")
+        keep_loss(f"verl/{name}", lambda now: loss(X["old"], now, A, mask, "token-mean", settings, weight)[0])
+
+    for level in ("token", "sequence"):
+        for name, band in (("tis", 1.2), ("icepop", "0.8_1.2")):
+            weight, _ = verl_correction.compute_rollout_correction_weights(gap, MASK, level, band)
+            corrected(f"{name}_{level}", weight=weight)
+    # Its bounds are of the sampler's probability over the policy's.
+    kept, _ = verl_correction.compute_rollout_rejection_mask(gap, MASK, "seq_mean_k1", f"{1 / 1.02}_{1 / 0.98}")
+    corrected("rejection", mask=kept)
     for agg in ("token-mean", "seq-mean-token-sum", "seq-mean-token-mean", "seq-mean-token-sum-norm"):
         keep_loss(f"verl/{agg}", lambda x, agg=agg: verl.agg_loss(x, MASK, agg, loss_scale_factor=20))
     clip = lambda v: verl.compute_value_loss(v, X["target"], X["value"], MASK, 0.2)[0]  # noqa: E731
@@ -244,19 +260,46 @@ def losses_of_verl() -> None:
 
 
 def losses_of_skyrl() -> None:
-    off = Settings(tis_ratio_type=None, sequence_mask_metric=None, outlier_token_is_threshold_low=None)
-    skyrl.apply_off_policy_correction = lambda loss, old, rollout, mask, config: (loss, mask, {})
+    names = (
+        "tis_ratio_type",
+        "sequence_mask_metric",
+        "outlier_token_is_threshold_low",
+        "outlier_token_is_threshold_high",
+    )
+    off = dict.fromkeys((*names, "token_mask_is_threshold_low", "token_mask_is_threshold_high"))
 
-    def run(name: str, loss: typing.Callable, advantage: torch.Tensor, reduction: str, **config: object) -> None:
-        settings = Settings(off_policy_correction=off, loss_reduction=reduction, **config)
+    def run(
+        name: str,
+        loss: typing.Callable,
+        advantage: torch.Tensor,
+        reduction: str,
+        correction: dict[str, object] | None = None,
+        **config: object,
+    ) -> None:
+        correct = Settings(**(off | (correction or {})))
+        settings = Settings(off_policy_correction=correct, loss_reduction=reduction, **config)
         scaled = skyrl.apply_loss_reduction_to_advantages_minibatch(advantage, MASK, reduction, B, 20)
-        rollout = X["behavior"] if "dppo" in config else None
+        rollout = X["behavior"] if "dppo" in config or correction else None
         keep_loss(f"skyrl/{name}", lambda now: loss(now, X["old"], scaled, settings, MASK, rollout)[0])
 
     A, clip = X["advantage"], {"eps_clip_low": 0.2, "eps_clip_high": 0.28}
     for reduction in ("token_mean", "sequence_mean", "seq_mean_token_sum_norm"):
         run(f"ppo_{reduction}", skyrl.ppo_policy_loss, A, reduction, policy_loss_type="regular", **clip)
     run("dual_clip", skyrl.ppo_policy_loss, A, "token_mean", policy_loss_type="dual_clip", clip_ratio_c=1.5, **clip)
+    tokens = {"tis_ratio_type": "token", "token_tis_ratio_clip_high": 1.2}
+    every_token = {"tis_ratio_type": "token", "token_tis_ratio_clip_high": 1e6}
+    rows = {"tis_ratio_type": "sequence", "sequence_tis_ratio_clip_high": 1.2}
+    geometric = {"sequence_mask_metric": "geometric", "geo_mask_low": 0.98, "geo_mask_high": 1.02}
+    product = {"sequence_mask_metric": "product", "product_mask_low": 0.8, "product_mask_high": 1.25}
+    for name, correction in {
+        "tis_token": tokens,
+        "tis_sequence": rows,
+        "geometric": geometric,
+        "geometric_tis": geometric | every_token,
+        "product": product,
+    }.items():
+        kind = {"policy_loss_type": "regular", "eps_clip_low": 0.2, "eps_clip_high": 0.2}
+        run(f"correction_{name}", skyrl.ppo_policy_loss, A, "token_mean", correction, **kind)
     run("gspo", skyrl.gspo_policy_loss, A, "sequence_mean", eps_clip_low=0.1, eps_clip_high=0.1)
     cispo = Settings(cispo_eps_clip_low=0.3, cispo_eps_clip_high=0.4)
     run("cispo", skyrl.compute_policy_loss_cispo, A, "token_mean", cispo=cispo)
@@ -288,6 +331,8 @@ def losses_of_openrlhf() -> None:
             is_correction_mode=mode,
             is_correction_threshold=[0.8, 1.2],
         )
+    narrow = {"is_correction_mode": "mask", "is_correction_threshold": [0.98, 1.02]}
+    run("correction_rows", A, is_correction_level="seq", **narrow)
     clip = openrlhf_loss.ValueLoss(clip_eps=0.2)
     keep_loss("openrlhf/value", lambda v: clip(v, X["value"], X["target"], MASK), at="value_now")
     for kind in ("k1", "k2", "k3"):
@@ -343,6 +388,18 @@ def losses_of_areal() -> None:
     run("ppo", X["advantage"], eps_clip=0.2, eps_clip_higher=0.28)
     run("dual_clip", X["advantage"], eps_clip=0.2, c_clip=1.5)
     run("gspo", A_ROW, eps_clip=0.1, importance_sampling_level="sequence")
+    wide, rows = (
+        {"metric": "ratio", "lower": 0.8, "upper": 1.2},
+        {"level": "sequence", "agg": "mean", "metric": "ratio"},
+    )
+    for name, band in {
+        "decoupled": {"action": "clamp", "metric": "ratio", "upper": 1e6},
+        "correction_tis": {"action": "clamp", **wide},
+        "correction_icepop": {"action": "mask", **wide},
+        "correction_tis_rows": {"action": "clamp", "lower": 0.98, "upper": 1.02, **rows},
+        "correction_mask_rows": {"action": "mask", "lower": 0.98, "upper": 1.02, **rows},
+    }.items():
+        run(name, X["advantage"], eps_clip=0.2, rejection_sampling=areal_band(**band))
     critic = lambda v: areal.ppo_critic_loss_fn(v, X["value"], X["target"], 0.2, X["mask"])[0]  # noqa: E731
     keep_loss("areal/value", critic, at="value_now")
 
