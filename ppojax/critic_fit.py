@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import math
 import sys
+from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import Field
 from rich.console import Console
@@ -31,11 +32,22 @@ class CriticFitConfig(Settings):
     checkpoint: Annotated[int, Field(ge=0)] | Literal["latest"] = Field(
         default="latest", description="step of the policy that a critic may be cut from, or the newest that is intact"
     )
-    critic: CriticConfig | None = Field(default=None, description="the critic; null: as in the run")
-    gae: GAE | None = Field(default=None, description="what makes its targets; null: as in the run, else the defaults")
+    critic: CriticConfig | None = Field(default=None, description="the critic; what is not given is as in the run")
+    gae: GAE | None = Field(
+        default=None, description="what makes its targets; what is not given is as in the run, or a default without GAE"
+    )
     passes: int = Field(default=4, ge=1, description="passes over the stored rollouts")
     held_out: float = Field(default=0.1, gt=0, lt=1, description="share of the prompts that are only looked at")
     seed: int = Field(default=0, ge=0, lt=2**32, description="seed of the order and of who is held out")
+
+    @classmethod
+    def base(cls, given: Mapping[str, Any]) -> CriticFitConfig | None:
+        """The critic and the targets of the run."""
+        run = RunDir(str(given.get("run")))
+        if not run.config.is_file():
+            return None
+        played = Config.load(f"config={run.config}")
+        return cls.model_construct(critic=played.critic, gae=_targets(played))
 
 
 def main(settings: CriticFitConfig, flags: Flags) -> int:
@@ -75,8 +87,14 @@ def _with_critic(played: Config, settings: CriticFitConfig) -> Config:
         raise ConfigError("critic: one critic that is trained whole is fitted; set critic.count=1 and critic.lora=null")
     if critic.privileged:
         raise ConfigError("critic.privileged: transcripts do not hold what only a critic is shown; set it to 0")
-    gae = settings.gae or (played.advantage if isinstance(played.advantage, GAE) else GAE())
-    return played.model_copy(update={"critic": critic, "advantage": gae})
+    try:
+        return Config(**dict(played) | {"critic": critic, "advantage": settings.gae or _targets(played)})
+    except ConfigError as error:  # contradictions, in the keys of a run
+        raise ConfigError(str(error).replace("advantage.", "gae.")) from error
+
+
+def _targets(played: Config) -> GAE:
+    return played.advantage if isinstance(played.advantage, GAE) else GAE()
 
 
 def _table(fitted: Fitted) -> Table:

@@ -16,9 +16,12 @@ from ppojax import critic_fit
 from ppojax.cli import run_command
 from ppojax.config import Config
 from ppojax.critic_fit import CriticFitConfig
+from ppojax.models.settings import CutCritic
+from ppojax.models.value_head import ArctanHead, LinearHead
 from ppojax.runtime.checkpoint import Checkpoints
 from ppojax.runtime.rundir import RunDir
 from ppojax.runtime.transcripts import read_rows, write_transcripts
+from ppojax.settings import load_config
 from ppojax.trainer import Trainer
 from ppojax.trainer.fitting import held_out, stored_episodes
 from ppojax.types import Ending
@@ -107,6 +110,47 @@ def test_an_episode_may_have_more_rows_than_a_step(run: RunDir, trainer: Trainer
     ]
     write_transcripts(longer.transcript(4), chain, trainer.parts.tokenizer.decode)
     assert command(f"run={longer.path}", f"out={tmp_path}/out", "passes=1") == 0
+
+
+def stored(folder: Path, *arguments: str) -> RunDir:
+    """The config of a run that was never played."""
+    run = RunDir(folder / "stored")
+    run.create()
+    run.write_config(tiny(*arguments).to_yaml())
+    return run
+
+
+def test_what_is_not_given_is_the_run_s(tmp_path: Path) -> None:
+    head = ("critic.head.type=arctan", "critic.head.low=-1", "critic.head.high=2", "critic.model.layers=1")
+    run = stored(tmp_path, *head, "critic.optimizer.learning_rate=3e-3", "advantage.lambda_value=0.9")
+    given = ("critic.head.low=-2", "critic.optimizer.beta2=0.9", "gae.gamma=0.5")
+    fit = load_config(CriticFitConfig, [f"run={run.path}", f"out={tmp_path}/out", *given]).config
+    assert fit.critic is not None and fit.gae is not None
+    assert fit.critic.head == ArctanHead(low=-2, high=2)
+    assert (fit.critic.optimizer.learning_rate, fit.critic.optimizer.beta2) == (3e-3, 0.9)
+    assert (fit.gae.lambda_value, fit.gae.gamma) == (0.9, 0.5)
+    other = load_config(CriticFitConfig, [f"run={run.path}", "out=x", "critic.head.type=linear"]).config.critic
+    assert other is not None and other.head == LinearHead() and isinstance(other.model, CutCritic)
+    assert other.model.layers == 1
+
+
+def test_contradictions_are_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Those that a training run would refuse, in one line, with the keys of this command."""
+    run = stored(tmp_path, "advantage.type=group")  # which has no use for a critic, and was not asked about it
+    out = f"out={tmp_path}/out"
+
+    def refused(text: str, *arguments: str) -> None:
+        assert command(f"run={run.path}", out, "--dry-run", *arguments) == 2
+        err = capsys.readouterr().err
+        assert text in err and err.count("\n") == 1, err
+
+    assert command(f"run={run.path}", out, "--dry-run") == 0
+    refused("episodes earn 0 to 1, which the head cannot say", "critic.head.type=arctan", "critic.head.high=0.5")
+    refused("the critic takes more blocks than the actor has", "critic.model.layers=2")
+    refused("which has no clip", "critic.head.type=hl_gauss", "critic.loss.clip=0.2")
+    refused("one critic does not disagree with itself; set critic.count to 2", "gae.ensemble.agreed=0.2")
+    refused("gae.ensemble.agreed=0.2", "gae.ensemble.agreed=0.2")
+    refused("did you mean critic.head.type?", "critic.head.typ=arctan")
 
 
 def test_bad_input(run: RunDir, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

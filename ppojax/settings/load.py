@@ -44,6 +44,11 @@ class Settings(Component):
 
     foreign_keys: ClassVar[Mapping[str, str]] = {}  # keys of other libraries -> the key that means the same here
 
+    @classmethod
+    def base(cls, given: Mapping[str, Any]) -> Settings | None:
+        """The settings over which those that are given are laid; None for the defaults."""
+        return None
+
     def contradictions(self) -> Iterable[Contradiction]:
         """List the settings that cannot hold together."""
         return ()
@@ -85,7 +90,7 @@ def load_config(cls: type[S], arguments: Iterable[str], flags: Sequence[str] = (
     """
     sources = read_sources(arguments, flags)
     builder = _Builder(cls, sources.origins, sources.left_behind)
-    config = builder.build(cls, sources.values, None, "")
+    config = builder.build(cls, sources.values, cls.base(sources.values), "")
     faults = [*sources.faults, *builder.unknown_keys(), *builder.faults]
     if not sources.faults:  # what could not be read may be what seems to be missing or contradictory
         faults += builder.missing_keys()
