@@ -15,7 +15,6 @@ from ppojax.errors import ExitCode, PpojaxError
 from ppojax.settings import Settings, help_text, load_config
 
 FLAGS = ("--help", "--print-config", "--dry-run")
-INTERRUPTED = 130  # what a shell reports for Ctrl-C
 
 
 @dataclass(frozen=True)
@@ -55,7 +54,7 @@ def run_command(main: Callable[[Any, Flags], int], argv: Sequence[str], cls: typ
         return error.exit_code
     except KeyboardInterrupt:
         print("ppojax: interrupted", file=sys.stderr)
-        return INTERRUPTED
+        return ExitCode.INTERRUPTED
 
 
 def _plain_warnings() -> None:

@@ -16,6 +16,12 @@ class ExitCode(IntEnum):
     WATCHDOG = 70
     CANNOT_WRITE = 73
     PREEMPTED = 75
+    INTERRUPTED = 130  # what a shell reports for Ctrl-C
+
+    @classmethod
+    def of(cls, code: int) -> ExitCode:
+        """The exit code of this number; that of a bug where there is none."""
+        return cls(code) if code in set(map(int, cls)) else cls.BUG
 
 
 class PpojaxError(Exception):
@@ -46,6 +52,14 @@ class PeerError(PpojaxError):
     """Another process of the run never came, or is gone."""
 
     exit_code = ExitCode.WATCHDOG
+
+
+class PeerEnded(PpojaxError):
+    """Another process of the run ended with a fault, and this one ends with the same exit code."""
+
+    def __init__(self, message: str, code: int) -> None:
+        super().__init__(message)
+        self.exit_code = ExitCode.of(code)
 
 
 class CannotWriteError(PpojaxError):

@@ -64,6 +64,23 @@ def test_local_starts_n_processes_and_takes_the_first_fault(tmp_path: Path) -> N
     assert resolve(NOTHING, env)[:3] == ("127.0.0.1:4000", 3, 2)
 
 
+@pytest.mark.parametrize(("gpus", "given", "shown"), [(4, "", "0,1,2,3"), (1, "", "unset"), (4, "2,3", "2,3")])
+def test_local_shows_all_gpus_to_be_shared(tmp_path: Path, gpus: int, given: str, shown: str) -> None:
+    program(tmp_path, "nvidia-smi", f'for i in $(seq {gpus}); do echo "GPU $((i - 1)): H200 (UUID: GPU-$i)"; done')
+    program(tmp_path, "py", "echo ${CUDA_VISIBLE_DEVICES-unset} >>seen")
+    env = {"CUDA_VISIBLE_DEVICES": given} if given else {}
+    found = bash(tmp_path, str(LAUNCH / "local.sh"), "2", PYTHON="py", PPOJAX_PORT="4000", **env)
+    assert found.returncode == 0, found.stderr
+    assert (tmp_path / "seen").read_text().splitlines() == [shown] * 2
+
+
+def test_local_finds_what_uv_has_set_up(tmp_path: Path) -> None:
+    (tmp_path / ".venv/bin").mkdir(parents=True)
+    program(tmp_path / ".venv/bin", "python", "echo $* >>seen")
+    found = bash(tmp_path, str(LAUNCH / "local.sh"), "1", VIRTUAL_ENV="", PYTHON="", PPOJAX_PORT="4000")
+    assert (found.returncode, (tmp_path / "seen").read_text()) == (0, "-m ppojax.train\n"), found.stderr
+
+
 def test_local_hands_a_signal_on_and_waits(tmp_path: Path) -> None:
     program(tmp_path, "py", "trap 'exit 75' TERM; touch up$PPOJAX_PROCESS_INDEX; while :; do sleep 0.02; done")
     script = (
@@ -73,7 +90,8 @@ def test_local_hands_a_signal_on_and_waits(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("code", "before", "requeued"), [(75, 9, True), (70, 0, True), (70, 5, False), (0, 1, False), (3, 0, False)]
+    ("code", "before", "requeued"),
+    [(75, 9, True), (70, 0, True), (70, 5, False), (134, 0, True), (137, 0, True), (0, 1, False), (3, 0, False)],
 )
 def test_slurm_requeues_what_was_saved_or_lost(tmp_path: Path, code: int, before: int, requeued: bool) -> None:
     program(tmp_path, "srun", f'echo "$*" >started; exit {code}')

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 
 from ppojax.advantages.chain import Chains
-from ppojax.experience.batch import without_records
 from ppojax.transfer import fetch
 from ppojax.types import Batch, Ending, Row, episodes_of
+
+# Of an experience, for `advantage_metrics`: of many processes each is sent whole what the others have.
+READ = ("action_BT", "reward_BT", "value_MBT", "ending_B", "valid_B", "episode_B", "segment_B")
 
 
 def rollout_metrics(rows: Sequence[Row]) -> dict[str, float]:
@@ -121,8 +124,10 @@ def advantage_metrics(batch: Batch, gamma: float) -> dict[str, float]:
     step's update. It is left out when returns do not vary. `critic/value_std` is the deviation between critics,
     averaged over tokens.
     """
-    e = fetch(without_records(batch.experience))
-    action_BT, advantage_BT = e.action_BT, fetch(batch.advantage_BT)
+    whole = batch.experience._asdict()
+    read, advantage_BT = fetch(({name: whole[name] for name in READ}, batch.advantage_BT))
+    e: Any = batch.experience._replace(**read)
+    action_BT = e.action_BT
     if not action_BT.any():
         return {}
     advantage = advantage_BT[action_BT]

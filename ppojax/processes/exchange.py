@@ -8,18 +8,24 @@ import jax
 import numpy as np
 from jax.experimental.multihost_utils import process_allgather
 
-SMALLEST = 1024  # bytes; sizes are powers of two from here on, for each is a program to compile
+BLOCKS = (1 << 10, 1 << 16, 1 << 22)  # bytes that are sent at a time, each a program to compile
+SIZE = 8  # bytes that say how many follow: jax has 32-bit numbers
 
 
 def gather(data: bytes) -> Sequence[bytes]:
     """What every process gives, by its number; all have to call this in the same order."""
     if jax.process_count() == 1:
         return [data]
-    sizes = process_allgather(np.array([len(data)], np.int32))[:, 0]
-    width = max(SMALLEST, 1 << (int(sizes.max()) - 1).bit_length())
-    padded = np.zeros(width, np.uint8)
-    padded[: len(data)] = np.frombuffer(data, np.uint8)
-    return [row[:size].tobytes() for row, size in zip(process_allgather(padded), sizes, strict=True)]
+    sizes = [int.from_bytes(told, "little") for told in _block(len(data).to_bytes(SIZE, "little"), SIZE)]
+    longest = max(*sizes, 1)
+    width = next((block for block in BLOCKS if block >= longest), BLOCKS[-1])
+    blocks = [_block(data[at : at + width], width) for at in range(0, longest, width)]
+    return [b"".join(of_one)[:size] for *of_one, size in zip(*blocks, sizes, strict=True)]
+
+
+def _block(data: bytes, width: int) -> Sequence[bytes]:
+    """What every process gives, filled up to so many bytes."""
+    return [row.tobytes() for row in process_allgather(np.frombuffer(data.ljust(width, b"\0"), np.uint8))]
 
 
 def any_of(flag: bool) -> bool:

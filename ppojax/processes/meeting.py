@@ -17,7 +17,7 @@ from collections.abc import Callable, Mapping
 from contextlib import suppress
 from typing import Any
 
-from ppojax.errors import ConfigError, ExitCode, PeerError
+from ppojax.errors import ConfigError, ExitCode, PeerEnded, PeerError
 from ppojax.processes.resolve import Place
 from ppojax.processes.settings import ProcessesConfig
 
@@ -25,6 +25,8 @@ Message = dict[str, Any]
 LONGEST = 1 << 20  # bytes of a message
 RETRY_S = 0.1
 GRACE_S = 10.0  # in which a process that another's end concerns may end by itself, with the same fault
+MARGIN_S = 5.0  # that process 0 waits longer: jax's service is in it, and aborts those whom it leaves
+NEWS_S = 3.0  # a collective fails as soon as a process is gone, which the watch then knows a moment later
 
 
 class Line:
@@ -180,6 +182,9 @@ class Watch:
         self.on_end: Callable[[int, str], None] | None = None
         self._ended = threading.Event()
         self._first = threading.Lock()  # whoever ends the process keeps it
+        self._heard = threading.Event()
+        self._other: PeerEnded | None = None
+        self._patience_s = NEWS_S
         self._readers = [threading.Thread(target=self._read, args=one, daemon=True) for one in lines.items()]
         for thread in (*self._readers, threading.Thread(target=self._beat, daemon=True)):
             thread.start()
@@ -189,9 +194,18 @@ class Watch:
         self._ended.set()
         self._tell({"end": code, "index": self.place.index, "reason": reason})
 
-    def wait(self, seconds: float = GRACE_S) -> None:
+    def cause(self) -> PeerEnded | None:
+        """The end of another process, of which a fault that is not known here may be the consequence.
+
+        Waits a moment for that news, but for one fault only.
+        """
+        self._heard.wait(self._patience_s)
+        self._patience_s = 0.0
+        return self._other
+
+    def wait(self) -> None:
         """Wait until the others have ended too: jax aborts processes that outlive process 0."""
-        give_up = time.monotonic() + seconds
+        give_up = time.monotonic() + GRACE_S + MARGIN_S
         for thread in self._readers:
             thread.join(max(0.0, give_up - time.monotonic()))
 
@@ -229,12 +243,17 @@ class Watch:
         self._exit(ExitCode.WATCHDOG, f"{text}; resume=true goes on from the last checkpoint", 0.0)
 
     def _exit(self, code: int, text: str, grace_s: float) -> None:
+        if not self._heard.is_set():
+            self._other = PeerEnded(text, code)
+            self._heard.set()
         with self._first:
             if self._ended.wait(grace_s):
                 return
             self._ended.set()  # what is seen from now on is of the same end
-            if self.on_end is not None:
-                self.on_end(code, text)
-            sys.stdout.flush()
-            os.write(2, f"ppojax: error: {text}\n".encode())
-            os._exit(code)
+            try:
+                if self.on_end is not None:
+                    self.on_end(code, text)
+                sys.stdout.flush()
+                os.write(2, f"ppojax: error: {text}\n".encode())
+            finally:  # a disk or a pipe that is gone must not keep it
+                os._exit(code)

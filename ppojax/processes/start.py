@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import sys
-import time
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -14,9 +13,6 @@ from ppojax.lazy import jax
 from ppojax.processes.meeting import Watch, meet
 from ppojax.processes.resolve import Place
 from ppojax.processes.settings import ProcessesConfig
-
-INTERRUPTED = 130  # what a shell reports for Ctrl-C
-NEWS_S = 3.0  # a collective fails as soon as a process is gone, which the watch then knows a moment later
 
 
 @contextmanager
@@ -41,15 +37,13 @@ def joined(place: Place, settings: ProcessesConfig, config: str) -> Iterator[Wat
         _start_jax(place, settings, service)
         yield watch
     except PpojaxError as error:
-        for line in str(error).splitlines():
-            print(f"ppojax: error: {line}", file=sys.stderr)
-        _leave(watch, error.exit_code, str(error))
+        _leave(watch, error.exit_code, str(error), _lines(error))
     except KeyboardInterrupt:
-        _leave(watch, INTERRUPTED, "interrupted")
+        _leave(watch, ExitCode.INTERRUPTED, "interrupted")
     except BaseException as error:
-        time.sleep(NEWS_S)
-        traceback.print_exc()
-        _leave(watch, ExitCode.BUG, repr(error))
+        if (other := watch.cause()) is not None:
+            _leave(watch, other.exit_code, str(other), _lines(other))
+        _leave(watch, ExitCode.BUG, repr(error), traceback.format_exc())
         raise  # never reached, but for tests that replace the end of the process
     watch.end(ExitCode.DONE, "done")
 
@@ -69,11 +63,18 @@ def _start_jax(place: Place, settings: ProcessesConfig, service: str) -> None:
     )
 
 
-def _leave(watch: Watch, code: int, reason: str) -> None:
+def _lines(error: PpojaxError) -> str:
+    return "".join(f"ppojax: error: {line}\n" for line in str(error).splitlines())
+
+
+def _leave(watch: Watch, code: int, reason: str, printed: str = "") -> None:
     """End this process without the exit handlers of jax, which wait for all others."""
-    watch.end(code, reason)
-    if watch.place.index == 0:
-        watch.wait()
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(code)
+    try:
+        watch.end(code, reason)
+        sys.stderr.write(printed)
+        if watch.place.index == 0:
+            watch.wait()
+        sys.stdout.flush()
+        sys.stderr.flush()
+    finally:  # though nobody may read any more
+        os._exit(code)

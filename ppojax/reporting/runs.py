@@ -18,7 +18,6 @@ from ppojax.runtime.metrics import read_metrics
 from ppojax.runtime.rundir import RunDir
 
 Axis = Literal["step", "tokens", "seconds"]
-INTERRUPTED = 130  # what a shell reports for Ctrl-C
 
 
 @dataclass(frozen=True)
@@ -117,7 +116,7 @@ class Run:
         words: dict[int, str] = {
             ExitCode.DIVERGED: "diverged",
             ExitCode.PREEMPTED: "stopped",
-            INTERRUPTED: "interrupted",
+            ExitCode.INTERRUPTED: "interrupted",
         }
         return f"{words.get(self.code, f'failed with code {self.code}')} {at}: {self.reason}"
 

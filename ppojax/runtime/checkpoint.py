@@ -86,6 +86,19 @@ class Checkpoints:
         if block:
             self.wait()
 
+    def save_last(self, step: int, state: Any, meta: dict[str, Any]) -> None:
+        """Save the checkpoint that a run ends with, on the disk.
+
+        Raises CannotWriteError where it was not written, also where an older one stands. What this process has written
+        is what counts: not every one of many sees the others' files.
+        """
+        self.save(step, state, meta, block=True)
+        if step not in self._written:
+            raise CannotWriteError(
+                f"{self.directory}: the last checkpoint, of step {step}, was not written: make room, then resume=true "
+                f"goes on from step {self.latest()}"
+            )
+
     def wait(self) -> None:
         """Wait for the save in progress. Raises CannotWriteError as `save` does."""
         if self._saving is None:

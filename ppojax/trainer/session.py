@@ -10,7 +10,7 @@ import jax
 from rich.console import Console
 
 from ppojax.config import Config
-from ppojax.errors import CannotWriteError, ExitCode, PpojaxError, Preempted
+from ppojax.errors import ExitCode, PpojaxError, Preempted
 from ppojax.processes.exchange import any_of
 from ppojax.processes.meeting import Watch
 from ppojax.runtime.age import process_age
@@ -25,8 +25,8 @@ from ppojax.trainer.evaluation import evaluate_greedy
 from ppojax.trainer.trainer import StepOut, Trainer
 from ppojax.transfer import fetch
 
-INTERRUPTED = 130  # what a shell reports for Ctrl-C
 SHOWN = 3  # transcripts printed at the end
+GOES_ON = "resume=true goes on from the last checkpoint"
 
 
 def train(config: Config, run: RunDir, console: Console, watch: Watch | None = None) -> None:
@@ -108,14 +108,10 @@ def _loop(
         stop = any_of(signals.should_stop())
         if done or stop or config.checkpoint.due(out.step):
             begin = time.perf_counter()
-            checkpoints.save(out.step, trainer.state(), trainer.position(), block=done or stop)
+            save = checkpoints.save_last if done or stop else checkpoints.save
+            save(out.step, trainer.state(), trainer.position())
             # This step's row is written before its checkpoint is, so that a kill spares it.
             aside = {"ckpt/step": float(out.step), "ckpt/blocked_s": time.perf_counter() - begin}
-            if (done or stop) and checkpoints.latest() != out.step:
-                raise CannotWriteError(
-                    f"{run.checkpoints}: the last checkpoint, of step {out.step}, was not written: make room, then "
-                    f"resume=true goes on from step {checkpoints.latest()}"
-                )
         if stop and not done:
             who = signals.received() or "a signal to another process"
             raise Preempted(f"stopped by {who} after step {out.step}, saved: resume=true goes on")
@@ -135,15 +131,15 @@ def _evaluate(trainer: Trainer, progress: Progress) -> dict[str, float]:
 
 
 def _write_transcripts(trainer: Trainer, run: RunDir, out: StepOut) -> None:
-    batch = fetch(out.batch)
+    advantage_BT, value_MBT = fetch((out.batch.advantage_BT, out.batch.experience.value_MBT))
     if jax.process_index() > 0:
         return
     write_transcripts(
         run.transcript(out.step),
         out.rows,
         trainer.parts.tokenizer.decode,
-        advantage_BT=batch.advantage_BT,
-        value_MBT=batch.experience.value_MBT,
+        advantage_BT=advantage_BT,
+        value_MBT=value_MBT,
         ratio_BT=None if out.trace is None else out.trace.ratio_BT,
         mask_BT=None if out.trace is None else out.trace.mask_BT,
     )
@@ -156,7 +152,7 @@ def _exit_record(run: RunDir, watch: Watch | None) -> Iterator[dict]:
     code: int = ExitCode.DONE
     reason, hint = "done", f"python -m ppojax.evaluate run={run.path}"
 
-    def record(code: int, reason: str, hint: str = "resume=true goes on from the last checkpoint") -> None:
+    def record(code: int, reason: str, hint: str = GOES_ON) -> None:
         if ending and (watch is None or watch.place.writes):
             run.write_exit(code, reason, ending["trainer"].number, ending["checkpoints"].latest(), hint)
 
@@ -165,12 +161,16 @@ def _exit_record(run: RunDir, watch: Watch | None) -> Iterator[dict]:
     try:
         yield ending
     except PpojaxError as error:
-        code, reason, hint = error.exit_code, str(error), "resume=true goes on from the last checkpoint"
+        code, reason, hint = error.exit_code, str(error), GOES_ON
         raise
     except KeyboardInterrupt:
-        code, reason, hint = INTERRUPTED, "interrupted", "resume=true goes on from the last checkpoint, if there is one"
+        code, reason, hint = ExitCode.INTERRUPTED, "interrupted", f"{GOES_ON}, if there is one"
         raise
     except BaseException as error:
+        other = None if watch is None else watch.cause()
+        if other is not None:
+            code, reason, hint = other.exit_code, str(other), GOES_ON
+            raise other from error
         code, reason, hint = ExitCode.BUG, repr(error), "a bug in ppojax or in the environment: see the trace"
         raise
     finally:

@@ -5,10 +5,12 @@ from __future__ import annotations
 from dataclasses import replace
 from itertools import count
 
+import jax
 import numpy as np
 import pytest
 
 from ppojax.advantages.chain import Chains
+from ppojax.experience import summary
 from ppojax.experience.summary import advantage_metrics, rollout_metrics, to_go
 from ppojax.types import Batch, Ending, Row
 from small_batch import experience_of
@@ -43,6 +45,20 @@ def test_explained_variance_is_of_the_monte_carlo_return_over_all_tokens(gamma: 
     assert got["critic/values/max"] == pytest.approx(V.max(), rel=1e-5)
     assert got["critic/returns/min"] == pytest.approx(G.min(), rel=1e-6)
     assert got["critic/advantages/mean"] == pytest.approx(advantage_BT[mask].mean(), rel=1e-5)
+
+
+def test_only_what_is_read_is_fetched(monkeypatch: pytest.MonkeyPatch) -> None:
+    fetched: list[object] = []
+
+    def fetch(tree: object) -> object:
+        fetched.extend(jax.tree.leaves(tree))
+        return jax.device_get(tree)
+
+    monkeypatch.setattr(summary, "fetch", fetch)
+    experience = experience_of(ACTION, reward=REWARD, value=np.zeros((1, 3, 6), np.float32))
+    assert advantage_metrics(Batch(experience, np.zeros((3, 6), np.float32)), 1.0)
+    assert len(fetched) == len(summary.READ) + 1
+    assert not any(x is experience.token_BT or x is experience.logp_behavior_BT for x in fetched)
 
 
 def test_explained_variance_of_a_perfect_and_of_an_ignorant_critic() -> None:

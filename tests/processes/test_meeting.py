@@ -8,11 +8,12 @@ import threading
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from threading import Timer
 
 import pytest
 
 from ppojax.errors import ConfigError, ExitCode, PeerError, PpojaxError
-from ppojax.processes import meeting
+from ppojax.processes import meeting, start
 from ppojax.processes.meeting import Line, Watch, meet
 from ppojax.processes.resolve import Place
 from ppojax.processes.settings import ProcessesConfig
@@ -161,6 +162,46 @@ def test_those_that_end_together_end_by_themselves(exits: Exits) -> None:
     found, ends = watches(2, heartbeat_s=20)
     for watch in reversed(found):
         watch.end(75, "stopped")
-    found[0].wait(5.0)
-    found[1].wait(5.0)
+    found[0].wait()
+    found[1].wait()
     assert (ends, exits) == ([], [])
+
+
+def test_a_call_that_fails_for_another_s_end_ends_with_its_code(
+    exits: Exits, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As process 0 in a collective with a process that raises: before its watch is done waiting."""
+    monkeypatch.setattr(meeting, "GRACE_S", 20.0)
+    here, there = (met for met in all_meet([(0, 2, ""), (1, 2, "")]) if isinstance(met, tuple))
+    monkeypatch.setattr(start, "meet", lambda *_: here)
+    monkeypatch.setattr(start, "_start_jax", lambda *_: None)
+    with pytest.raises(RuntimeError), start.joined(Place("", 2, 0), ProcessesConfig(), "") as watch:
+        assert watch is not None
+        WATCHES.append(watch)
+        watch.on_end = lambda code, text: exits.append(-code)  # the watch is not to be the one
+        Timer(0.2, there[0][0].send, [{"end": 3, "index": 1, "reason": "no such file"}]).start()
+        Timer(0.4, there[0][0].close).start()
+        raise RuntimeError("connection closed by peer")
+    assert exits[0] == 3 and -3 not in exits
+    said = capsys.readouterr().err
+    assert said.startswith("ppojax: error: process 1 ended with exit code 3: no such file\n")
+
+
+def test_process_0_outlives_those_who_wait_for_their_own_end(exits: Exits, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(meeting, "GRACE_S", 0.3)
+    found, _ = watches(2, heartbeat_s=20)
+    found[0].end(3, "no such file")
+    found[0].wait()
+    assert exits == [3]
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_a_record_that_cannot_be_written_does_not_keep_a_process(exits: Exits) -> None:
+    found, _ = watches(2, heartbeat_s=20)
+
+    def full(code: int, text: str) -> None:
+        raise OSError("disk full")
+
+    found[0].on_end = full
+    found[1].end(3, "no such file")
+    assert exits.until(1) and exits == [3]

@@ -70,6 +70,18 @@ def test_a_refused_save_is_a_warning_while_an_older_one_stands(tmp_path, caplog,
     assert capfd.readouterr().err == ""
 
 
+def test_the_last_checkpoint_has_to_be_written(tmp_path, monkeypatch):
+    state = big_state()
+    with Checkpoints(tmp_path, CheckpointConfig()) as checkpoints:
+        checkpoints.save(1, state, {}, block=True)
+        told = r"the last checkpoint, of step 2, was not written: make room, then resume=true goes on from step 1"
+        with FileSizeLimit(1 << 20), pytest.raises(CannotWriteError, match=told):
+            checkpoints.save_last(2, state, {})
+        monkeypatch.setattr(checkpoints, "_steps", list)  # as in a process that does not see the first one's files
+        checkpoints.save_last(3, state, {})
+    assert folders(tmp_path) == ["1", "3"]
+
+
 def test_a_success_starts_the_count_of_failures_again(tmp_path):
     state = big_state()
     with Checkpoints(tmp_path, CheckpointConfig()) as checkpoints:
