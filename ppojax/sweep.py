@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from pydantic import Field
 from rich.console import Console
 
 from ppojax.cli import Flags, run_command
-from ppojax.config import Config
 from ppojax.errors import CannotWriteError, ConfigError, ExitCode, PpojaxError
 from ppojax.planning.targets import parse_target
 from ppojax.runtime.atomic import write_atomic
 from ppojax.settings import Settings
-from ppojax.sweeping.cells import cells_of
+from ppojax.sweeping.cells import Cell, cells_of
 from ppojax.sweeping.figures import figures, to_csv
 from ppojax.sweeping.page import document
 from ppojax.sweeping.record import Record
@@ -60,21 +59,19 @@ class FailedCellsError(PpojaxError):
 
     def __init__(self, message: str, code: int) -> None:
         super().__init__(message)
-        known = {int(c) for c in ExitCode}
-        self.exit_code = ExitCode(code) if code in known else ExitCode.BUG
+        self.exit_code = ExitCode.of(code)
 
 
 def sweep(settings: SweepConfig, arguments: Sequence[str], flags: Flags) -> int:
     """Check every cell, run those that can be, and write table, page and CSV, after each of them anew."""
-    Config.load(*arguments)  # what is wrong in every cell is told once
     cells = cells_of(settings.mesh, settings.microbatch, settings.critic)
     console = Console()
     faults = {cell: check(cell, arguments) for cell in cells}
     if all(faults.values()):
-        raise ConfigError("\n".join(f"{cell.name}: {fault}" for cell, fault in faults.items()))
+        raise ConfigError(_faults(faults, check(Cell(), arguments)))
     if flags.dry_run:
-        for cell, fault in faults.items():
-            _say(console, f"{cell.name}: {f'invalid: {fault}' if fault else 'ok'}")
+        for cell, lines in faults.items():
+            _say(console, f"{cell.name}: {'invalid: ' if lines else 'ok'}{'; '.join(lines)}")
         return ExitCode.DONE
     how = How(
         *(tuple(arguments), settings.steps, settings.cached, settings.limit_s, Path(settings.out).expanduser()),
@@ -94,6 +91,13 @@ def sweep(settings: SweepConfig, arguments: Sequence[str], flags: Flags) -> int:
         told = "; ".join(f"{record.cell.name}: {record.reason}" for record in failed)
         raise FailedCellsError(f"{len(failed)} of {len(records)} cells failed: {told}", failed[0].code)
     return ExitCode.DONE
+
+
+def _faults(faults: Mapping[Cell, Sequence[str]], base: Sequence[str]) -> str:
+    """What is wrong in every cell, and without one, is told once."""
+    common = [line for line in base if all(line in lines for lines in faults.values())]
+    own = [f"{cell.name}: {line}" for cell, lines in faults.items() for line in lines if line not in common]
+    return "\n".join([*common, *own])
 
 
 def _plan(settings: SweepConfig) -> tuple[str, ...]:

@@ -53,6 +53,14 @@ def test_what_cannot_be_swept(arguments: list[str], fault: str, capsys: pytest.C
     assert errors(capsys)[0].startswith(fault)
 
 
+def test_a_base_that_only_holds_with_a_cell_of_its_own(capsys: pytest.CaptureFixture[str]) -> None:
+    assert command([*TINY, "mesh.fsdp=3", "mesh=1x2x1", "--dry-run"]) == 0
+    assert command([*TINY, "sed=1", "mesh=1x2x1,1x3x1"]) == 2  # told once where it is wrong everywhere
+    first, *others = errors(capsys)
+    assert first.startswith("ppojax: error: unknown key sed") and others
+    assert all(line.startswith("ppojax: error: mesh_1x3x1x1: ") for line in others)
+
+
 def test_help_lists_its_own_settings(capsys: pytest.CaptureFixture[str]) -> None:
     assert command(["--help"]) == 0
     text = capsys.readouterr().out

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import re
 from collections.abc import Sequence
 from itertools import product
@@ -24,9 +25,10 @@ class Cell(NamedTuple):
 
     @property
     def name(self) -> str:
-        """A folder's name."""
-        parts = (f"{field}_{value}" for field, value in self._asdict().items() if value != AS_IN_CONFIG)
-        return re.sub(r"[^\w.=-]+", "_", ".".join(parts)) or "config"
+        """A folder's name; of a path that is none, with a digest that tells it from others."""
+        said = ".".join(f"{field}_{value}" for field, value in self._asdict().items() if value != AS_IN_CONFIG)
+        name = re.sub(r"[^\w.=-]+", "_", said) or "config"
+        return name if name == said or not said else f"{name}.{hashlib.sha256(said.encode()).hexdigest()[:8]}"
 
     def arguments(self) -> tuple[str, ...]:
         """What it sets, as arguments of the command line."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
+import math
 import statistics
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
@@ -25,28 +26,37 @@ class Equal(NamedTuple):
     rows: int  # that were drawn differently
     of: int
     bound: float
+    reference: bool = False  # it is that cell itself
 
     @property
     def words(self) -> str:
         """In short."""
         if self.difference is None:
-            return "-"
+            return "reference" if self.reference else "-"
         if self.rows:
             return f"{self.rows} of {self.of} rows drawn differently"
+        if math.isinf(self.difference):
+            return "DIFFERENT: only one is finite"
         return "equal" if self.difference <= self.bound else "DIFFERENT"
 
 
 def compare(record: Record, reference: Record | None) -> Equal:
-    """Compare losses and gradient norms of the first step, before whose updates all cells have the same weights."""
+    """Compare losses and gradient norms of the first step, before whose updates all cells have the same weights.
+
+    A number that only one of them has (the other's is not finite) differs without bound.
+    """
     mine, theirs = record.measured, None if reference is None else reference.measured
     bound = BOUNDS[record.dtype or "float32"]
     if mine is None or theirs is None or record is reference:
-        return Equal(None, 0, 0, bound)
+        return Equal(None, 0, 0, bound, mine is not None and record is reference)
     pairs = [(mine.steps[0].get(name), theirs.steps[0].get(name)) for name in LOSSES]
-    known = [(a, b) for a, b in pairs if a is not None and b is not None]
     drawn = sum(a != b for a, b in zip(mine.rows, theirs.rows, strict=False)) + abs(len(mine.rows) - len(theirs.rows))
-    worst = max((abs(a - b) / max(abs(b), SMALL) for a, b in known), default=None)
+    worst = max((_difference(a, b) for a, b in pairs if (a, b) != (None, None)), default=None)
     return Equal(worst, drawn, len(theirs.rows), bound)
+
+
+def _difference(a: float | None, b: float | None) -> float:
+    return math.inf if a is None or b is None else abs(a - b) / max(abs(b), SMALL)
 
 
 def reference_of(record: Record, records: Sequence[Record]) -> Record | None:
@@ -100,7 +110,7 @@ def _of_measured(record: Record, measured: Measured, records: Sequence[Record]) 
         "measured_peak_bytes": measured.peak_bytes,
         "host_peak_rss_bytes": measured.peak_rss_bytes,
         "programs": measured.start.compiled,
-        "compile_seconds_cold": measured.start.compile_seconds,
+        "compile_seconds_cold": measured.steps[0].get("compile/seconds"),  # as the start with all compiled has one step
         "compile_seconds_cached": None if again is None else again.compile_seconds,
         "start_seconds_cold": measured.start.seconds,
         "start_seconds_cached": None if again is None else again.seconds,

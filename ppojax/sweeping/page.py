@@ -29,8 +29,8 @@ FORMULAS = (
     "Sent: bytes that each device sends in the policy's update of one step, all its mini-batches, by the axes of the "
     "mesh, read from the compiled program; ring algorithms are assumed. Below, in one call of each program; loops "
     "whose turns are known only as they run, such as decoding, count one turn.",
-    "Compile s: all programs of the process, the first time (cold), and in a second start that read them from the "
-    "cache, where it has one step.",
+    "Compile s: all programs up to the end of the first step, the first time (cold), and in a second start that reads "
+    "them from the cache.",
     f"First step: {', '.join(LOSSES)} against the first cell with the same critic; the largest |a - b| / max(|b|, "
     f"{SMALL}), with the bound {', '.join(f'{bound} in {dtype}' for dtype, bound in BOUNDS.items())}. Later "
     "mini-batches of the step have seen updates. Where rows were drawn differently, they cannot be compared.",

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections.abc import Mapping, Sequence
+from importlib.metadata import version
 from pathlib import Path
 from typing import Literal
 
@@ -14,6 +16,8 @@ from ppojax.component import Component
 from ppojax.config import Config
 from ppojax.runtime.atomic import write_atomic
 from ppojax.sweeping.cells import Cell
+
+DEVICES = ("nvidia[0-9]*", "accel[0-9]*")  # in /dev, where there are GPUs or TPUs
 
 State = Literal["done", "invalid", "failed"]
 
@@ -123,6 +127,17 @@ class Record(Component):
         key = hashlib.sha256(json.dumps([told, *how]).encode()).hexdigest()[:16]
         updates = config.update.epochs * config.update.minibatches
         return cls(cell=cell, key=key, state="failed", dtype=config.model.dtype, updates=updates)
+
+
+def versions() -> tuple[str, ...]:
+    """What compiles."""
+    return tuple(f"{name} {version(name)}" for name in ("jax", "jaxlib"))
+
+
+def platform() -> tuple[str, ...]:
+    """What computes, as far as it can be told without starting jax."""
+    found = [pattern for pattern in DEVICES if any(Path("/dev").glob(pattern))]
+    return os.environ.get("JAX_PLATFORMS", ""), *found
 
 
 def read_record(path: Path) -> Record | None:

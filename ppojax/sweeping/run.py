@@ -16,10 +16,14 @@ from ppojax.config import Config
 from ppojax.errors import CannotWriteError, ConfigError, ExitCode
 from ppojax.host_devices import environment_with
 from ppojax.sweeping.cells import Cell
-from ppojax.sweeping.record import Measured, Planned, Record, read_record, write_record
+from ppojax.sweeping.record import Measured, Planned, Record, platform, read_record, versions, write_record
 
 # What a cell does not need: they would be counted as its steps, or change what its first step sees.
-PLAIN = ("warm_start=null", "eval.every=0", "checkpoint.every=0", "run.tensorboard=false", "resume=false")
+PLAIN = (
+    *("warm_start=null", "eval.every=0", "checkpoint.every=0", "run.tensorboard=false", "resume=false"),
+    "critic.warmup_steps=0",  # steps in which the policy does not learn
+)
+RECORD = "record.json"
 CACHED_STEPS = 1  # of the start with everything compiled before
 
 
@@ -36,7 +40,12 @@ class How(NamedTuple):
     @property
     def key(self) -> tuple[object, ...]:
         """What a result depends on besides the config."""
-        return ("plan", *self.plan) if self.plan else (self.steps, self.cached)
+        return ("plan", *versions(), *self.plan) if self.plan else (self.steps, self.cached, *versions(), *platform())
+
+    def settles(self, record: Record) -> bool:
+        """Whether a record is all that was asked for: a plan that could not be compiled may be by now."""
+        estimated = record.planned is not None and not record.planned.compiled
+        return record.state == "done" and not (estimated and "compile=true" in self.plan)
 
 
 def run_cells(cells: Sequence[Cell], how: How) -> Iterator[Record]:
@@ -44,16 +53,19 @@ def run_cells(cells: Sequence[Cell], how: How) -> Iterator[Record]:
 
     Raises:
         CannotWriteError: a record cannot be written.
+        ConfigError: a folder that is to be a cell's is something else.
     """
     for cell in cells:
-        path = how.folder / cell.name / "record.json"
+        _check_ours(how.folder / cell.name)
+    for cell in cells:
+        path = how.folder / cell.name / RECORD
         try:
             config = cell.config([*how.arguments, *PLAIN])
         except ConfigError as error:
             yield Record(cell=cell, key="", state="invalid", reason=_one_line(error), code=ExitCode.CONFIG)
             continue
         new, record = Record.begin(cell, config, how.key), read_record(path)
-        if record is None or record.state != "done" or record.key != new.key:
+        if record is None or not how.settles(record) or record.key != new.key:
             try:
                 record = _run(new, _devices(config), how)
                 write_record(path, record)
@@ -62,13 +74,23 @@ def run_cells(cells: Sequence[Cell], how: How) -> Iterator[Record]:
         yield record
 
 
-def check(cell: Cell, arguments: Sequence[str]) -> str:
+def check(cell: Cell, arguments: Sequence[str]) -> list[str]:
     """Say why a cell cannot be, as far as its config tells; nothing where it may."""
     try:
         cell.config([*arguments, *PLAIN])
     except ConfigError as error:
-        return _one_line(error)
-    return ""
+        return str(error).splitlines()
+    return []
+
+
+def _check_ours(folder: Path) -> None:
+    """Refuse a folder with files in it that are no cell's: it is emptied when the cell is run."""
+    try:
+        if not folder.is_dir() or (folder / RECORD).is_file() or not any(folder.iterdir()):
+            return
+    except OSError as error:
+        raise CannotWriteError(f"{folder}: cannot be read: {error.strerror}; name another out=") from error
+    raise ConfigError(f"{folder}: is to be the folder of a cell, and holds files that no sweep left; name another out=")
 
 
 def _devices(config: Config) -> int:
@@ -83,7 +105,7 @@ def _one_line(error: ConfigError) -> str:
 def _run(record: Record, devices: int, how: How) -> Record:
     folder = how.folder / record.cell.name
     shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir(parents=True)
+    write_record(folder / RECORD, record.model_copy(update={"reason": "was not finished"}))
     if how.plan:
         return _plan(folder, record, how)
     try:

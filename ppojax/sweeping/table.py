@@ -82,7 +82,8 @@ def _first_step(row: Mapping[str, Value]) -> str:
     if "equality" not in row:
         return "-"
     difference = row["difference_from_reference"]
-    return "reference" if difference is None else f"{row['equality']} ({_number(difference, form='.1e')})"
+    told = _number(difference, form=".1e")  # nothing of one that is not finite
+    return str(row["equality"]) + ("" if told == "-" else f" ({told})")
 
 
 def _number(x: Value, unit: float = 1.0, form: str = ".3f") -> str:

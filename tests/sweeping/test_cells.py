@@ -39,6 +39,11 @@ def test_critics(critic: str, wanted: tuple[str, ...]) -> None:
     assert cell.arguments() == wanted and "/" not in cell.name
 
 
+def test_no_two_critics_share_a_folder() -> None:
+    names = [cell.name for cell in cells_of("", "", "a/b,a_b,a//b,~/a,2x6")]
+    assert len(set(names)) == 5 and names[1] == "critic_a_b" and names[4] == "critic_2x6"
+
+
 @pytest.mark.parametrize(
     ("arguments", "text"),
     [
@@ -58,8 +63,8 @@ def test_what_cannot_be_read(arguments: tuple[str, str, str], text: str) -> None
 
 
 def test_cells_that_cannot_be_say_why() -> None:
-    assert check(Cell("1x2x1x1"), TINY) == ""
-    fault = check(Cell("1x3x1x1"), TINY)
+    assert check(Cell("1x2x1x1"), TINY) == []
+    fault = check(Cell("1x3x1x1"), TINY)[0]
     assert "mesh.fsdp=3 (command line), model.fresh.width=32 (command line): width is split over mesh.fsdp" in fault
-    assert "mesh.fsdp may be 1, 2, 4, 8, 16, 32" in fault and "\n" not in fault
-    assert "update.microbatch_rows=3" in check(Cell("2x1x1x1", "3"), TINY)
+    assert "mesh.fsdp may be 1, 2, 4, 8, 16, 32" in fault
+    assert "update.microbatch_rows=3" in "".join(check(Cell("2x1x1x1", "3"), TINY))

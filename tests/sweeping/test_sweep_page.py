@@ -38,7 +38,7 @@ PLAN = Planned(
 )
 
 
-def changed(record: Record, loss: float, row: str = "") -> Record:
+def changed(record: Record, loss: float | None, row: str = "") -> Record:
     """The same cell, with another loss in its first step, and another first row."""
     assert record.measured is not None
     steps = ({**record.measured.steps[0], "actor/loss": loss}, *record.measured.steps[1:])
@@ -49,7 +49,7 @@ def changed(record: Record, loss: float, row: str = "") -> Record:
 def test_every_mesh_and_microbatch_takes_the_same_first_step() -> None:
     assert len(DONE) == 6 and {record.state for record in RECORDS if record not in DONE} == {"invalid"}
     reference = reference_of(DONE[-1], RECORDS)
-    assert reference is not None and reference is DONE[0] and compare(reference, reference).words == "-"
+    assert reference is not None and reference is DONE[0] and compare(reference, reference).words == "reference"
     for record in DONE[1:]:
         equal = compare(record, reference)
         assert equal.words == "equal" and equal.rows == 0 and equal.of == 32, record.cell
@@ -65,6 +65,20 @@ def test_other_losses_are_seen() -> None:
     assert equal.words == "1 of 32 rows drawn differently"
     other = DONE[1].model_copy(update={"cell": Cell(critic="2")})
     assert reference_of(other, [*RECORDS, other]) is other  # another critic is another reference
+
+
+def test_what_only_one_has_is_a_difference() -> None:
+    """A metric that is not finite is kept as null."""
+    for mine, theirs in ((None, 1.0), (1.0, None)):
+        record, reference = changed(DONE[1], mine), changed(DONE[0], theirs)
+        assert rows([reference, record])[1][-1] == "DIFFERENT: only one is finite"
+    assert compare(changed(DONE[1], None), changed(DONE[0], None)).words == "equal"  # the other numbers
+    empty = [
+        record.model_copy(update={"measured": record.measured.model_copy(update={"steps": ({},)})})
+        for record in DONE[:2]
+        if record.measured is not None
+    ]
+    assert [row[-1] for row in rows(empty)] == ["reference", "-"]
 
 
 def test_figures_leave_the_first_step_out() -> None:

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from ppojax.errors import CannotWriteError
+from ppojax.errors import CannotWriteError, ConfigError
 from ppojax.host_devices import environment_with
 from ppojax.sweeping import run
 from ppojax.sweeping.cells import Cell
@@ -142,6 +142,48 @@ def test_a_folder_that_cannot_be_written(tmp_path: Path, processes: Processes) -
     (tmp_path / "file").write_text("")
     with pytest.raises(CannotWriteError, match=r"record\.json: cannot be written: Not a directory; name another out="):
         list(run_cells(CELLS[:1], how(tmp_path / "file")))
+
+
+def test_a_folder_of_something_else_stays(tmp_path: Path, processes: Processes) -> None:
+    configs = tmp_path / "config"
+    configs.mkdir()
+    assert next(run_cells([Cell()], how(tmp_path, cached=False))).state == "done"  # it was empty
+    (configs / run.RECORD).rename(configs / "my.yaml")
+    with pytest.raises(ConfigError, match="config: is to be the folder of a cell, and holds files that no sweep left"):
+        next(run_cells([CELLS[0], Cell()], how(tmp_path, cached=False)))
+    assert (configs / "my.yaml").exists() and len(processes.calls) == 1
+
+
+def test_a_cell_that_was_not_finished_is_ours(tmp_path: Path, processes: Processes) -> None:
+    def killed(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.MonkeyPatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr(run.subprocess, "run", killed)
+        next(run_cells(CELLS[:1], how(tmp_path)))
+    left = read_record(tmp_path / CELLS[0].name / run.RECORD)
+    assert left is not None and (left.state, left.reason) == ("failed", "was not finished")
+    assert next(run_cells(CELLS[:1], how(tmp_path))).state == "done"
+
+
+def test_another_jax_measures_again(tmp_path: Path, processes: Processes, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in (("versions", ("jax 99",)), ("platform", ("tpu",))):
+        list(run_cells(CELLS[:1], how(tmp_path, cached=False)))
+        monkeypatch.setattr(run, name, lambda value=value: value)
+        before = len(processes.calls)
+        list(run_cells(CELLS[:1], how(tmp_path, cached=False)))
+        assert len(processes.calls) == before + 1
+
+
+def test_a_plan_that_could_not_be_compiled_is_made_again(
+    tmp_path: Path, processes: Processes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(PLAN, "compiled", False)
+    for arguments, made in ((("target=h200:8", "compile=true"), 2), (("target=h200:8", "compile=false"), 3)):
+        plan = How(TINY, 3, True, 60.0, tmp_path, arguments)
+        for _ in range(2):
+            assert next(run_cells(CELLS[:1], plan)).state == "done"
+        assert len(processes.calls) == made
 
 
 def test_plans_are_made_instead(tmp_path: Path, processes: Processes) -> None:
