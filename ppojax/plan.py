@@ -13,6 +13,7 @@ from rich.console import Console
 from ppojax.cli import Flags, run_command
 from ppojax.config import Config
 from ppojax.errors import CannotWriteError, ConfigError, ExitCode
+from ppojax.host_devices import environment_with
 from ppojax.planning.targets import SPELLINGS, parse_target
 from ppojax.runtime.atomic import write_atomic
 
@@ -52,8 +53,7 @@ def main(settings: PlanConfig, flags: Flags) -> int:
     # Before jax is loaded, which is only now: a plan needs no accelerator, and should take no memory of one.
     os.environ.setdefault("JAX_PLATFORMS", "cpu")
     if target.chip.platform == "cpu":
-        flag = f"--xla_force_host_platform_device_count={target.size}"
-        os.environ.setdefault("XLA_FLAGS", flag)
+        os.environ.update(environment_with(target.size))
     from ppojax.planning import table
     from ppojax.planning.advice import advise
     from ppojax.planning.planner import Assumed, make_plan

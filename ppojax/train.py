@@ -20,6 +20,7 @@ def main(config: Config, flags: Flags) -> int:
 
     run, place = RunDir(Path(config.run.dir) / config.run.name), here(config.processes)
     console = Console(quiet=not place.writes)
+    config.rollout.check_processes(place.count)
     if flags.dry_run:
         run.check(resume=config.resume is not False)
         config.rollout.build_mesh(config.mesh.build())

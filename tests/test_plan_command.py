@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -16,6 +17,12 @@ from ppojax.planning.topology import NoCompiler, devices_of
 from tiny_config import TINY
 
 CONFIGS = Path(__file__).resolve().parent.parent / "configs"
+
+
+@pytest.fixture(autouse=True)
+def environment_as_before(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("XLA_FLAGS", "JAX_PLATFORMS"):
+        monkeypatch.setenv(name, os.environ[name])
 
 
 def command(*arguments: str) -> int:
@@ -39,6 +46,7 @@ def test_over_memory_is_exit_2_with_three_changes(capsys: pytest.CaptureFixture[
     lines = capsys.readouterr().err.splitlines()
     assert len(lines) == 4 and "needs" in lines[0] and "expected at most" in lines[0]
     assert all("about" in line and line.startswith("ppojax: error:   ") for line in lines[1:])
+    assert os.environ["XLA_FLAGS"].endswith("--xla_force_host_platform_device_count=1")  # the target's
 
 
 @pytest.mark.parametrize(

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import TYPE_CHECKING
+from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING, Literal
 
-from ppojax.mesh import AXES, RULES, MeshConfig
+from ppojax.mesh import AXES, RULES, SPREAD, MeshConfig
 from ppojax.models.settings import CutCritic, FreshSpec
 from ppojax.settings import Contradiction
 
@@ -61,6 +61,22 @@ def split(mesh: MeshConfig, where: str, shape: FreshSpec, key: str) -> Iterator[
                 f"{name} is split over {where}.{axis} and does not divide",
                 f"{where}.{axis} may be {divisors(size)}",
             )
+
+
+def undivided(config: Config, sizes: Mapping[str, int], who: Literal["actor", "critic"]) -> list[str]:
+    """List what of a model, by its logical dimensions, is not divided by the meshes of the actor, or of critics."""
+    optimizer = config.actor.optimizer if who == "actor" else config.critic.optimizer
+    meshes: dict[str, MeshConfig | None] = {"mesh": config.mesh}  # where it learns stands first
+    if who == "actor":
+        meshes["rollout.mesh"] = config.rollout.mesh
+    elif config.critic.mesh is not None:
+        meshes = {"critic.mesh": config.critic.mesh}
+    faults = [fault for key, mesh in meshes.items() if mesh is not None for fault in mesh.check_divides(sizes, key)]
+    if optimizer.over_data:
+        key, mesh = next(iter(meshes.items()))
+        assert mesh is not None
+        faults += mesh.check_divides({f"embed ({who}.optimizer.over_data)": sizes["embed"]}, key, SPREAD)
+    return faults
 
 
 def uneven(config: Config, rows: int) -> Iterator[Contradiction]:

@@ -12,7 +12,7 @@ from ppojax.models.lora import LoRAConfig
 from ppojax.models.settings import CutCritic
 from ppojax.planning.memory import memory_of_step, mesh_of
 from ppojax.planning.models import models_of
-from ppojax.planning.planner import Assumed, Report, check
+from ppojax.planning.planner import Assumed, Report, check_divides
 from ppojax.planning.targets import Target
 from ppojax.planning.workload import workload_of
 
@@ -54,7 +54,7 @@ def _one_of_each(changes: list[Change]) -> list[Change]:
 
 def _peak(config: Config, assumed: Assumed) -> float:
     models = models_of(config)
-    check(config, models, Target("cpu", (1, 2 * config.mesh.size)))
+    check_divides(config, models)
     work = workload_of(
         config, prompt_tokens=assumed.prompt_tokens, row_tokens=assumed.row_tokens, segments=assumed.segments
     )

@@ -6,10 +6,11 @@ from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 from ppojax.config import Config
+from ppojax.config.meshes import undivided
 from ppojax.errors import ConfigError
 from ppojax.mesh import AXES
 from ppojax.planning.abstract import bytes_of
-from ppojax.planning.memory import Terms, awake_of, held, memory_of_step, mesh_of, own_mesh
+from ppojax.planning.memory import Terms, awake_of, held, memory_of_step, own_mesh
 from ppojax.planning.models import Models, models_of
 from ppojax.planning.program import Program, inspect
 from ppojax.planning.steps import Plan, plan_steps
@@ -132,7 +133,7 @@ def compilable(models: Models, target: Target) -> tuple[Models, list[str]]:
 
 
 def check(config: Config, models: Models, target: Target) -> None:
-    """Raise ConfigError for a mesh that is larger than the target or does not divide a model, as a run would."""
+    """Raise ConfigError for meshes that are larger than the target or do not divide a model, as a run would."""
     own = own_mesh(config)
     used = config.mesh.size + (0 if own is None else own.size)
     if used > target.size:
@@ -141,12 +142,14 @@ def check(config: Config, models: Models, target: Target) -> None:
             f"mesh {'x'.join(map(str, config.mesh.shape))} ({' x '.join(AXES)}){beside} needs {used} devices, "
             f"target={target} has {target.size}: make the product of mesh.{', mesh.'.join(AXES)} smaller"
         )
-    faults = config.mesh.check_divides(models.actor.spec.axis_sizes())
-    if config.rollout.mesh is not None:
-        faults += config.rollout.mesh.check_divides(models.actor.spec.axis_sizes(), "rollout.mesh")
+    check_divides(config, models)
+
+
+def check_divides(config: Config, models: Models) -> None:
+    """Raise ConfigError for meshes that do not divide a model, as a run would."""
+    faults = undivided(config, models.actor.spec.axis_sizes(), "actor")
     if models.critic is not None:
-        where = "mesh" if config.critic.mesh is None else "critic.mesh"
-        faults += mesh_of(config, "critic").check_divides(models.critic.spec.axis_sizes(), where)
+        faults += undivided(config, models.critic.spec.axis_sizes(), "critic")
     if faults:
         raise ConfigError("; ".join(dict.fromkeys(faults)))
 

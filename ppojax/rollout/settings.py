@@ -7,6 +7,7 @@ from typing import Annotated, Literal
 from pydantic import Field
 
 from ppojax.component import Component
+from ppojax.errors import ConfigError
 from ppojax.lazy import jax
 from ppojax.mesh import MeshConfig
 from ppojax.rollout.mismatch import Mismatch
@@ -199,6 +200,18 @@ class RolloutConfig(Component):
         if self.mesh is None:
             return trainer
         return self.mesh.rearrange(trainer) if self.devices == "shared" else self.mesh.build(trainer.size)
+
+    def check_processes(self, count: int) -> None:
+        """Raise ConfigError for what a run of many processes cannot do, all of it."""
+        faults = {
+            "rollout.exact=true: it holds within one process: set rollout.exact=false": self.exact,
+            "rollout.mode=one_step_off: the threads of many processes would have to ask their devices for the same "
+            "things in the same order: set rollout.mode=sync": self.mode == "one_step_off",
+            "rollout.devices=own: each process samples on the devices that it trains on: set rollout.devices=shared "
+            "rollout.mesh=null": self.devices == "own",
+        }
+        if count > 1 and any(faults.values()):
+            raise ConfigError("\n".join(f"{fault}, or use one process" for fault, wrong in faults.items() if wrong))
 
     @property
     def rows(self) -> int:

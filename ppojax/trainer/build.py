@@ -10,10 +10,11 @@ import numpy as np
 
 from ppojax.compilation_cache import enable_compilation_cache
 from ppojax.config import Config
+from ppojax.config.meshes import undivided
 from ppojax.envs import Task
 from ppojax.errors import ConfigError, DataError
 from ppojax.kernels.dispatch import choose, platform_of
-from ppojax.mesh import SPREAD, own_part, replicated, row_shards
+from ppojax.mesh import own_part, replicated, row_shards
 from ppojax.models.critic_source import CriticForm, load_critic
 from ppojax.models.forward import ModelDef, Params
 from ppojax.models.lora import split
@@ -94,10 +95,12 @@ def build(config: Config) -> tuple[Parts, States]:
     """Load models, place them on the mesh, and set up sampling.
 
     Raises:
-        ConfigError: the mesh has too many devices or does not divide the model, or the environment lacks what it needs.
+        ConfigError: the mesh has too many devices or does not divide the model, the environment lacks what it needs, or
+            several processes cannot do what is asked for.
         DataError: weights, tokenizer or tasks cannot be used, a prompt is too long, or no episode can be started.
         CannotWriteError: the folder named for compiled programs cannot be written.
     """
+    config.rollout.check_processes(jax.process_count())
     enable_compilation_cache(config.run.compilation_cache)
     if config.run.keep_memory:
         keep_freed_memory()  # before the first device is asked for: its threads make heaps of their own
@@ -229,8 +232,6 @@ def _judge(config: Config, model: ModelDef) -> Judge | None:
     rollout = config.rollout
     if not rollout.exact:
         return None
-    if jax.process_count() > 1:
-        raise ConfigError("rollout.exact=true: it holds within one process: set rollout.exact=false, or use one")
     platform = platform_of(model.mesh)
     if platform != "cpu" or model.spec.moe is not None:
         where = f"these devices are {platform}" if platform != "cpu" else "this model has experts"
@@ -265,15 +266,7 @@ def greedy(collector: Collector) -> Collector:
 
 def _check_mesh(config: Config, model: ModelDef) -> None:
     """Check what of the model its meshes split."""
-    sizes, meshes = model.spec.axis_sizes(), {"mesh": config.mesh, "rollout.mesh": config.rollout.mesh}
-    if model.head is not None:
-        meshes = {"mesh": config.mesh} if config.critic.mesh is None else {"critic.mesh": config.critic.mesh}
-    faults = [f for key, mesh in meshes.items() if mesh is not None for f in mesh.check_divides(sizes, key)]
-    who, optimizer = ("actor", config.actor.optimizer) if model.head is None else ("critic", config.critic.optimizer)
-    if optimizer.over_data:
-        key, mesh = next(iter(meshes.items()))  # where it learns stands first
-        assert mesh is not None
-        faults += mesh.check_divides({f"embed ({who}.optimizer.over_data)": sizes["embed"]}, key, SPREAD)
+    faults = undivided(config, model.spec.axis_sizes(), "actor" if model.head is None else "critic")
     if faults:
         raise ConfigError("; ".join(faults))
 

@@ -14,7 +14,6 @@ import jax
 from grain import DatasetIterator
 
 from ppojax.config import Config
-from ppojax.errors import ConfigError
 from ppojax.models.forward import Params
 from ppojax.models.lora import combine
 from ppojax.rollout.dynamic import choose, count_varied
@@ -44,19 +43,10 @@ class Player:
     """
 
     def __init__(self, config: Config, parts: Parts, stream: DatasetIterator) -> None:
-        """Begin nothing yet.
-
-        Raises:
-            ConfigError: several processes would have to play in one order.
-        """
+        """Begin nothing yet."""
         rollout = config.rollout
         self._config, self._parts, self._stream = config, parts, stream
         self._ahead = rollout.staleness if rollout.mode == "one_step_off" else 0
-        if self._ahead and jax.process_count() > 1:
-            raise ConfigError(
-                f"rollout.mode=one_step_off: the threads of {jax.process_count()} processes would have to ask their "
-                "devices for the same things in the same order: set rollout.mode=sync, or use one process"
-            )
         self.tasks: dict[str, Any] = stream.get_state()  # behind the episodes that were handed out last
         self._begun: dict[int, Future[Played]] = {}
         self._thread: ThreadPoolExecutor | None = None

@@ -138,6 +138,22 @@ def test_meshes_that_do_not_fit_the_target() -> None:
     assert make_plan(tiny(), TARGET, compiling=False).notes == ("the mesh uses 1 of the target's 8 devices",)
 
 
+def test_a_width_that_an_optimizer_over_data_does_not_split() -> None:
+    """As a run refuses it: see `ppojax.trainer.build`."""
+    over = ("model.fresh.width=36", "mesh.data=8", "actor.optimizer.over_data=true", "warm_start=null")
+    config = tiny(*over, "rollout.prompts=8", "update.minibatches=1", "update.microbatch_rows=16")
+    fault = r"mesh.fsdp x mesh.data = 8 does not divide embed \(actor.optimizer.over_data\) = 36; legal: 1, 2, 3"
+    with pytest.raises(ConfigError, match=fault):
+        make_plan(config, TARGET, compiling=False)
+
+
+def test_advice_for_a_sampler_of_more_devices_than_the_trainer() -> None:
+    config = tiny("rollout.mesh.data=4", "rollout.devices=own")
+    small = Assumed(memory_share=1e-6)
+    report = make_plan(config, TARGET, small, compiling=False)
+    assert not report.fits and len(advise(report, small)) == 3
+
+
 def test_paths_that_only_a_device_compiles_are_left_and_named() -> None:
     report = make_plan(tiny("model.attention=cudnn", "model.statistics=triton"), parse_target("h200"), compiling=False)
     assert report.models.actor.attention == "xla" and report.models.actor.statistics is None

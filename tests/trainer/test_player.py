@@ -18,7 +18,7 @@ import pytest
 
 from ppojax.cli import run_command
 from ppojax.envs import Calculator, Env, Step, Task
-from ppojax.errors import ConfigError, DataError, DivergedError
+from ppojax.errors import DataError, DivergedError
 from ppojax.experience.summary import staleness_metrics
 from ppojax.models.forward import Params
 from ppojax.rollout.collect import Collector
@@ -152,13 +152,6 @@ def test_who_stops_or_is_interrupted_waits_for_nobody(parts: Built) -> None:
     step(1)
     assert calls[2] == calls[1] != calls[0]
     player.stop()
-
-
-def test_several_processes_are_refused(parts: Built, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(jax, "process_count", lambda: 2)
-    with pytest.raises(ConfigError, match=r"rollout\.mode=one_step_off: the threads of 2 processes would have to ask"):
-        player_of(parts, lambda tasks, abandoned: None, AHEAD)
-    player_of(parts, lambda tasks, abandoned: None)
 
 
 def test_staleness_is_of_tokens() -> None:
