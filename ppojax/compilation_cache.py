@@ -1,6 +1,6 @@
-"""The folder that keeps compiled programs for the next start: whose it may be, and who may enter it.
+"""The folder that keeps compiled programs for the next start: whose it may be, and who may write there.
 
-What lies there is native code that runs without being looked at, so the folder belongs to the user alone.
+What lies there is native code that runs without being looked at, so nobody else may put any there.
 """
 
 from __future__ import annotations
@@ -20,7 +20,6 @@ from ppojax.lazy import jax
 AUTO = "auto"
 UNREAD_DAYS = 30  # after which a program is forgotten
 MIN_SECONDS = 0.0  # of compilation from which on a program is kept
-OPEN_TO_OTHERS = stat.S_IRWXG | stat.S_IRWXO
 WRITTEN_BY_OTHERS = stat.S_IWGRP | stat.S_IWOTH
 
 log = logging.getLogger(__name__)
@@ -31,7 +30,7 @@ def enable_compilation_cache(setting: str | None) -> Path | None:
 
     Args:
         setting: a folder, made if it is not there; `auto`: the user's own (see `user_folder`), unless jax was told of
-            one or told to keep none; None: change nothing.
+            one or told to keep none; None: keep none, also where jax was told of a folder.
 
     Returns:
         The folder in use. With `auto`, a folder that cannot be used is one warning, and nothing is kept.
@@ -40,6 +39,8 @@ def enable_compilation_cache(setting: str | None) -> Path | None:
         ConfigError: the folder that was named is another user's, or others may write in it.
         CannotWriteError: it cannot be made or written.
     """
+    if setting is None:
+        jax.config.update("jax_compilation_cache_dir", None)
     if setting is None or not jax.config.values["jax_enable_compilation_cache"]:
         return None
     told = jax.config.values["jax_compilation_cache_dir"]
@@ -69,7 +70,7 @@ def _if_usable(folder: str) -> Path | None:
 
 
 def _private(name: str) -> Path:
-    """Make the folder, or check that it is the user's own, and let nobody else in."""
+    """Make the folder, closed to others, or check that it is the user's own; one that is there stays as it is."""
     where = f"run.compilation_cache={name}"
     try:
         folder = Path(name).expanduser()
@@ -80,14 +81,11 @@ def _private(name: str) -> Path:
                 f"{where}: belongs to another user (id {status.st_uid}), and what lies there is run as native code; "
                 "name a folder of your own, or null"
             )
-        if status.st_mode & WRITTEN_BY_OTHERS and any(folder.iterdir()):
+        if status.st_mode & WRITTEN_BY_OTHERS:
             raise ConfigError(
-                f"{where}: others may write there, and what lies there is run as native code; delete it, or name "
-                "another folder, or null"
+                f"{where}: others may write there, and what lies there is run as native code; name another folder, or "
+                "null, or see that all in it is yours and take that right from them (chmod go-w)"
             )
-        if status.st_mode & OPEN_TO_OTHERS:
-            folder.chmod(0o700)
-            log.warning("%s: was open to others, and is yours alone now (mode 0700)", where)
         if not os.access(folder, os.W_OK | os.X_OK):
             raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
         _forget(folder)
@@ -101,7 +99,7 @@ def _private(name: str) -> Path:
 def _forget(folder: Path) -> None:
     """Delete programs that have long not been read: jax lets the folder grow without end."""
     before = time.time() - UNREAD_DAYS * 24 * 3600
-    for file in folder.glob("*-cache"):
+    for file in folder.glob("jit_*-cache"):  # other files may lie there, too
         with suppress(FileNotFoundError):  # another process deletes, too
             status = file.stat()
             if max(status.st_atime, status.st_mtime) < before:

@@ -193,12 +193,13 @@ def test_an_unknown_section_is_one_fault(tmp_path: Path) -> None:
 
 
 def test_a_key_of_another_variant(tmp_path: Path) -> None:
-    file = write(tmp_path, "a.yaml", "loss:\n  width: 0.5\n  penalty:\n    coefficient: 1\n")
+    file = write(tmp_path, "a.yaml", "loss:\n  width: 0.5\n  penalty:\n    coefficient: 1\n  type: narrow\n")
     advice = "it belongs to loss.type=wide, not to loss.type=narrow: remove it, or change the type"
-    assert faults(f"config={file}", "loss.type=narrow") == [
+    assert faults(f"config={file}") == [
         f"unknown key loss.width ({file}:2); {advice}",
         f"unknown key loss.penalty.coefficient ({file}:4); {advice}",
     ]
+    assert faults("loss.width=0.5", "loss.type=narrow") == [f"unknown key loss.width (command line); {advice}"]
 
 
 def test_another_type_leaves_keys_of_the_first_behind(tmp_path: Path) -> None:
@@ -214,7 +215,11 @@ def test_another_type_leaves_keys_of_the_first_behind(tmp_path: Path) -> None:
     wrong = write(tmp_path, "c.yaml", "loss:\n  type: wide\n  widht: 0.5\n")
     [line] = faults(f"config={wrong},{second}")
     assert line.startswith(f"unknown key loss.widht ({wrong}:3)")
+    default = write(tmp_path, "e.yaml", "loss:\n  width: 0.5\n")
+    assert config(f"config={default}").loss.width == 0.5
+    assert config(f"config={default},{second}").loss == Narrow(clip=0.5)
     back = write(tmp_path, "d.yaml", "loss:\n  type: wide\n")
+    assert config(f"config={default},{back}").loss.width == 0.5
     assert config(f"config={first},{second},{back}").loss.width == 0.5
 
 

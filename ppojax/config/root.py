@@ -41,7 +41,7 @@ class RunConfig(Component):
         default="auto",
         min_length=1,
         description="folder that keeps compiled programs for the next start, which are native code, so nobody else may "
-        "enter it; auto: ppojax/compiled in the user's cache folder; null: keep none",
+        "write in it; auto: ppojax/compiled in the user's cache folder; null: keep none",
     )
 
     @field_validator("name")

@@ -25,7 +25,8 @@ class Origin(NamedTuple):
 class Sources(NamedTuple):
     """The merged values as nested dicts, where each was written, and what could not be read.
 
-    `left_behind` are the keys of a section that were written before a later source gave it another `type`.
+    `left_behind` are the keys of a section that were written before a later source gave it another `type`, or any where
+    they were meant for the default.
     """
 
     values: dict[str, Any]
@@ -53,19 +54,22 @@ def read_sources(arguments: Iterable[str], flags: Sequence[str] = ()) -> Sources
         layers.append((file, _read_file(file, origins, faults)))
     for key, text in overrides:
         layers.append((f"{key}={text} ({COMMAND_LINE})", _read_override(key, text, origins, faults)))
-    return Sources(_merge(layers, origins, faults), origins, faults, _left_behind([layer for _, layer in layers]))
+    left_behind = _left_behind([layer for _, layer in layers], len(files))
+    return Sources(_merge(layers, origins, faults), origins, faults, left_behind)
 
 
-def _left_behind(layers: Sequence[Any]) -> frozenset[str]:
+def _left_behind(layers: Sequence[Any], files: int) -> frozenset[str]:
+    """Find them. All that stands on the command line is one source."""
     written: dict[str, int] = {}
     named: dict[str, Any] = {}
     changed: dict[str, int] = {}  # sections -> the layer that gave another type
     for number, layer in enumerate(layers):
+        number = min(number, files)
         for key, value in _leaves(OmegaConf.to_container(OmegaConf.create(layer))):
             written[key] = number
             section, _, name = key.rpartition(".")
             if name == "type":
-                if named.setdefault(section, value) != value:
+                if named.get(section) != value:
                     changed[section] = number
                 named[section] = value
     return frozenset(
