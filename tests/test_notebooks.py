@@ -13,7 +13,7 @@ FOLDER = Path(__file__).parent.parent / "notebooks"
 NOTEBOOKS = sorted(FOLDER.glob("*.ipynb"))
 PUBLIC = {"ppojax.config", "ppojax.kernels", "ppojax.models.forward", "ppojax.trainer", "ppojax.types"}
 SHORT = {
-    "101_first_run.ipynb": ("supervised = 100", "steps = 10", "supervised = 3", "steps = 2"),
+    "101_first_run.ipynb": ("supervised = 100", "steps = 10", "supervised = 2", "steps = 1"),
     "102_ratio_and_tv.ipynb": ("prompts = 4", "learning_rate = 5e-6", "prompts = 2", "learning_rate = 2e-5"),
 }
 LOADS_A_MODEL = {"102_ratio_and_tv.ipynb"}

@@ -15,6 +15,7 @@ from ppojax.mesh import MeshConfig
 from ppojax.types import Batch, Experience, Recorded
 
 MESH = MeshConfig().build()
+SPLIT, JOIN = jax.jit(split_rows, static_argnums=(1, 2)), jax.jit(join_rows, static_argnums=1)
 
 
 def numbered(prompts: int, group: int, mesh: MeshConfig | None = None) -> Batch:
@@ -34,8 +35,8 @@ def numbered(prompts: int, group: int, mesh: MeshConfig | None = None) -> Batch:
 
 def rows_in(batch: Batch) -> list[int]:
     """Numbers of the rows, after checking that all arrays agree on them."""
-    row = np.asarray(batch.advantage_BT[:, 0])
-    e = batch.experience
+    batch = jax.device_get(batch)
+    row, e = batch.advantage_BT[:, 0], batch.experience
     assert e.value_MBT is not None and e.logp_old_BT is not None and batch.return_MBT is not None
     for x in (e.value_MBT[0, :, 0], e.value_MBT[1, :, 0] - 100, batch.return_MBT[0, :, 0], e.logp_old_BT[:, 0]):
         np.testing.assert_array_equal(x, row)
@@ -56,12 +57,12 @@ def test_joining_undoes_splitting(group: int, groups: int, parts: int, rest: tup
     shape = (group * groups * parts, *rest)
     x = np.arange(int(np.prod(shape)), dtype=np.float32).reshape(shape)
     nothing = Experience(*[None] * 12)  # pyright: ignore[reportArgumentType]
-    split = split_rows(nothing._replace(reward_BT=jnp.asarray(x)), group * groups, group).reward_BT
+    split = SPLIT(nothing._replace(reward_BT=x), group * groups, group).reward_BT
     assert split.shape == (parts, group * groups, *rest)
-    np.testing.assert_array_equal(join_rows(split, group), x)
+    np.testing.assert_array_equal(JOIN(split, group), x)
     # Groups stay whole, and part i begins with group i.
     row = np.arange(len(x)).reshape(-1, group)[:parts].reshape(parts, group)
-    np.testing.assert_array_equal(split[:, :group], x[row])
+    np.testing.assert_array_equal(np.asarray(split)[:, :group], x[row])
 
 
 def test_every_array_of_a_part_is_of_the_same_rows() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from math import log2
 
+import jax
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -48,7 +49,8 @@ def test_rows_survive(prompts: int, group: int, spare: int, bucket: int, share: 
     if failed:
         rows[-1] = Row(**{**vars(rows[-1]), "ending": Ending.ERROR})
     layout = layout_of(rows, group=group if share else 1, prompt_bucket=4)
-    experience = pack(rows, batch=len(rows) + spare, bucket=bucket, actions=9, mesh=MESH, layout=layout)
+    packed = pack(rows, batch=len(rows) + spare, bucket=bucket, actions=9, mesh=MESH, layout=layout)
+    experience = jax.device_get(packed)
     B, T = experience.token_BT.shape
     assert len(rows) + spare == B and (T - layout.prefix) % bucket == 0
     assert not np.asarray(experience.action_BT[:, -1]).any()  # room for the value of the last state

@@ -18,6 +18,7 @@ from ppojax.models.tokenizer import char_tokenizer
 from ppojax.models.value_head import ArctanHead, HLGaussHead, LinearHead, ValueHead
 
 TOKENIZER = char_tokenizer("ab")
+VALUES = jax.jit(values, static_argnums=(0, 3))
 SHAPE = FreshSpec(layers=1, width=16, heads=2, kv_heads=2, ffn=16)
 
 
@@ -30,7 +31,7 @@ def actor() -> Loaded:
 def test_every_state_has_the_same_value_at_the_start(head: ValueHead, count: int) -> None:
     experience, layout = random_experience(share=True)
     model, drawn = load_critic(CutCritic(layers=1), actor(), jax.random.key(0), CriticForm(head, count))
-    got = np.asarray(values(model, drawn, experience, layout))
+    got = np.asarray(VALUES(model, drawn, experience, layout))
     assert got.shape == (count, *experience.token_BT.shape) and got.dtype == np.float32
     inside = np.asarray(experience.action_BT)
     centre = {"linear": 0.0, "arctan": 1.0, "hl_gauss": 0.5}[head.type]
@@ -40,9 +41,9 @@ def test_every_state_has_the_same_value_at_the_start(head: ValueHead, count: int
 def test_members_differ_by_the_noise_and_one_has_none() -> None:
     experience, _ = random_experience()
     single, plain = load_critic(CutCritic(layers=1), actor(), jax.random.key(0), CriticForm(noise=0.1))
-    assert not values(single, plain, experience).any()
+    assert not np.asarray(VALUES(single, plain, experience)).any()
     model, drawn = load_critic(CutCritic(layers=1), actor(), jax.random.key(0), CriticForm(count=4, noise=0.1))
-    got = np.asarray(values(model, drawn, experience))[:, np.asarray(experience.action_BT)]
+    got = np.asarray(VALUES(model, drawn, experience))[:, np.asarray(experience.action_BT)]
     # Final hidden states have unit scale: each value is a sum of 32 terms of deviation .1 / sqrt(32).
     assert 0.03 < got.std(0).mean() < 0.2
     assert len({tuple(row) for row in got[:, :3].tolist()}) == 4

@@ -13,6 +13,7 @@ from ppojax.models.forward import predict, values
 from ppojax.types import Row
 
 MESH = MeshConfig().build()
+VALUES = jax.jit(values, static_argnums=(0, 3))
 HINTS = [np.arange(5, 8, dtype=np.int32), np.arange(9, 10, dtype=np.int32)]
 
 
@@ -52,14 +53,16 @@ def test_values_are_of_the_row_behind_its_hint(share: bool) -> None:
 
     run = jax.jit(jax.value_and_grad(read, has_aux=True), static_argnums=2)
     p = params(CRITIC)
+    got_e, want_e = jax.device_get((got_e, want_e))
     ((_, got), got_grad), ((_, want), want_grad) = run(p, got_e, layouts[0]), run(p, want_e, layouts[1])
     assert got.shape == got_e.token_BT.shape and np.isfinite(got).all()
+    got, want = np.asarray(got), np.asarray(want)
     for b, row in enumerate(rows):
         h, first, n = len(HINTS[row.group]), int(row.action.argmax()), len(row.token)
         np.testing.assert_allclose(got[b, first : n + 1], want[b, h + first : h + n + 1], rtol=1e-5, atol=1e-6)
     for x, y in zip(jax.tree.leaves(got_grad), jax.tree.leaves(want_grad), strict=True):
         np.testing.assert_allclose(x, y, rtol=1e-4, atol=1e-5)
-    output = predict(CRITIC, p, got_e, layouts[0]).output_MBTK
+    output = jax.eval_shape(lambda p, e: predict(CRITIC, p, e, layouts[0]).output_MBTK, p, got_e)
     assert output.shape == (1, *got_e.token_BT.shape, 1)
 
 
@@ -69,6 +72,6 @@ def test_a_hint_changes_the_value() -> None:
         pack(r, batch=4, bucket=4, actions=16, mesh=MESH) for r in (hinted(rows, written=False), rows)
     )
     assert without.hint_BH is None
-    a, b = (np.asarray(values(CRITIC, params(CRITIC), e))[0] for e in (with_hints, without))
+    a, b = (np.asarray(VALUES(CRITIC, params(CRITIC), e))[0] for e in (with_hints, without))
     action = np.asarray(without.action_BT)
     assert np.abs(a - b)[action].min() > 0

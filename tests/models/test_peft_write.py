@@ -29,8 +29,8 @@ ATTENTION = LORA.model_copy(update={"targets": ("q", "q_a", "q_b", "k", "v", "kv
 
 def adapted(case: str, lora: LoRAConfig) -> Params:
     """The checkpoint with random adapters."""
-    drawn = split(init(ModelDef(opened(case).spec, lora=lora), jax.random.key(0)), lora)[0]
-    leaves, tree = jax.tree.flatten(drawn)
+    model = ModelDef(opened(case).spec, lora=lora)
+    leaves, tree = jax.tree.flatten(jax.eval_shape(lambda: split(init(model, jax.random.key(0)), lora)[0]))
     noise = [jax.random.normal(jax.random.key(n), x.shape) for n, x in enumerate(leaves)]
     return combine(opened(case).read(), jax.tree.unflatten(tree, noise))
 
@@ -45,7 +45,8 @@ def test_the_product_is_what_a_merge_adds(case: str, tmp_path: Path) -> None:
     lora = LORA if opened(case).spec.moe is None else ATTENTION
     family, spec, params = opened(case).family, opened(case).spec, adapted(case, lora)
     write_peft(tmp_path / "adapter", family, spec, params, LORA, Origin(), base="where/it/is")
-    write_hf(tmp_path / "merged", family, spec, merge(params, LORA, "float32"), Origin(), dtype="float32")
+    merged = jax.jit(lambda p: merge(p, LORA, "float32"))(params)
+    write_hf(tmp_path / "merged", family, spec, merged, Origin(), dtype="float32")
     write_hf(tmp_path / "base", family, spec, split(params, LORA)[1], Origin(), dtype="float32")
     pairs = tensors_of(tmp_path / "adapter")
     merged, base = tensors_of(tmp_path / "merged"), tensors_of(tmp_path / "base")

@@ -22,6 +22,7 @@ REPO = Path(__file__).resolve().parents[2]
 # What the machine was busy with, and what was compiled, is each run's own.
 CLOCKS = ("time", "timing_s/", "perf/", "compile/", "ckpt/")
 SETTINGS = ("steps=4", "checkpoint.every=2", "eval.every=4", "eval.prompts=5")
+BEATS = "processes.heartbeat_s=5"
 Row = Mapping[str, float | int | None]
 
 
@@ -36,9 +37,9 @@ def start(arguments: list[str], index: int | None = None, port: int = 0, devices
     return subprocess.Popen(command, cwd=REPO, env=env, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True)
 
 
-def two(arguments: list[str]) -> list[subprocess.Popen[str]]:
+def two(arguments: list[str], devices: int = 1) -> list[subprocess.Popen[str]]:
     port = free_port()
-    return [start(arguments, index, port) for index in range(2)]
+    return [start(arguments, index, port, devices) for index in range(2)]
 
 
 def ends(processes: list[subprocess.Popen[str]], within_s: float = 240) -> tuple[list[int], list[str]]:
@@ -84,9 +85,13 @@ def alone(tmp_path_factory: pytest.TempPathFactory) -> list[Row]:
 
 
 @pytest.mark.slow
-def test_two_processes_learn_as_one(alone: list[Row], tmp_path: Path) -> None:
-    """Bound: 1e-4, of float32 sums in another order, over four steps."""
-    codes, said = ends(two(tiny_run(tmp_path, *SETTINGS, "mesh.data=2", "run.name=a")))
+@pytest.mark.parametrize(
+    ("mesh", "devices"),
+    [("mesh.data=2", 1), ("mesh.fsdp=2", 1), ("mesh.fsdp=4", 2), ("mesh={data: 2, fsdp: 2}", 2)],
+)
+def test_two_processes_learn_as_one(mesh: str, devices: int, alone: list[Row], tmp_path: Path) -> None:
+    """Bound: 1e-4, of float32 sums in another order, over four steps; also with weights spread over processes."""
+    codes, said = ends(two(tiny_run(tmp_path, *SETTINGS, mesh, "run.name=a"), devices))
     assert codes == [0, 0], said
     same(alone, rows(tmp_path, "a"), 1e-4)
     text = (tmp_path / "a/rollouts/step_000004.jsonl").read_text()
@@ -124,6 +129,23 @@ def test_a_lost_process_ends_the_run(lost: int, tmp_path: Path) -> None:
     if lost == 1:
         assert "ppojax: error: process 1 is gone" in said[0]
         assert json.loads((tmp_path / "a" / "exit.json").read_text())["code"] == 70
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stopped", [0, 1])
+def test_a_stopped_process_ends_the_run(stopped: int, tmp_path: Path) -> None:
+    """It lives, and gives no sign of life; when it goes on, it finds that it is alone."""
+    processes = two(tiny_run(tmp_path, "mesh.data=2", "steps=400", "warm_start=null", "run.name=a", BEATS))
+    wait_for(tmp_path, "a", 1)
+    processes[stopped].send_signal(signal.SIGSTOP)
+    begin = time.monotonic()
+    other = processes[1 - stopped]
+    _, said = other.communicate(timeout=60)
+    assert other.returncode == 70 and time.monotonic() - begin < 20, said
+    assert f"ppojax: error: process {stopped} is gone, or has given no sign of life for 5 s" in said
+    processes[stopped].send_signal(signal.SIGCONT)
+    codes, said = ends([processes[stopped]], 60)
+    assert codes == [70] or codes == [-signal.SIGABRT], said
 
 
 @pytest.mark.slow

@@ -133,7 +133,8 @@ def test_what_was_recorded_is_of_the_row() -> None:
     rows = collector(random_policy(), [TASK, OTHER], KEY).rows
     assert len(rows) > 3
     experience = pack(rows, batch=len(rows), bucket=8, actions=52, mesh=collector.sampler.mesh)
-    trainer_BT = score_tokens(MODEL, random_policy(), experience, temperature=1.0).logp
+    score = jax.jit(score_tokens, static_argnames=("model", "temperature"))
+    trainer_BT = score(MODEL, random_policy(), experience, temperature=1.0).logp
     assert float(abs(np.asarray(trainer_BT) - np.asarray(experience.logp_behavior_BT)).max()) < 1e-5
     for row in rows:
         assert [len(kept) for kept in row.recorded] == [row.action.sum()] * 3

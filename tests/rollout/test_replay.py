@@ -73,13 +73,14 @@ def test_the_record_survives_packing() -> None:
     rows = family_rows("qwen3_moe")
     bare = replace(rows[2], routed=None)
     experience, layout = packed((*rows[:2], bare, rows[3]), share=True)
+    experience = jax.device_get(experience)
     assert layout.group == 2 and experience.routed_BTLK is not None and experience.routed_BTLK.dtype == jnp.int16
     for b, row in enumerate(rows):
         got = np.asarray(experience.routed_BTLK[b])
         n = 0 if b == 2 else len(row.token)
         np.testing.assert_array_equal(got[:n], np.zeros((0, 2, 2)) if b == 2 else row.routed)
         assert (got[n:] == -1).all()
-    parts = split_rows(experience, 2, 2)
+    parts = jax.jit(split_rows, static_argnums=(1, 2))(experience, 2, 2)
     np.testing.assert_array_equal(parts.routed_BTLK[1], experience.routed_BTLK[2:])
     assert packed(tuple(replace(row, routed=None) for row in rows), share=True)[0].routed_BTLK is None
 

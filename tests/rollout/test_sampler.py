@@ -33,6 +33,7 @@ class Turn(NamedTuple):
 
 
 score = jax.jit(score_tokens, static_argnames=("model", "temperature"))
+states = jax.jit(hidden_states, static_argnums=0)
 
 
 def start(prompts: Sequence[Sequence[int]], sampler: SamplerDef, group: int = 1, policy: Params | None = None) -> Slots:
@@ -111,8 +112,8 @@ def test_sampled_logps_are_those_of_the_full_forward(temperature: float) -> None
     # The same float32 sums in another order, over 2 blocks: a few units of 2^-23 on log-probabilities of order 5.
     assert float(jnp.abs(trainer_BT - experience.logp_behavior_BT).max()) < 1e-5
     # What the sampler keeps of a row's last token is what the full pass finds there.
-    hidden_BTD, *_ = hidden_states(MODEL, random_policy(), experience.token_BT, positions(experience.token_BT))
-    last_BD = hidden_BTD[np.arange(6), np.asarray(slots.length_B) - 1]
+    hidden_BTD, *_ = states(MODEL, random_policy(), experience.token_BT, positions(experience.token_BT))
+    last_BD = np.asarray(hidden_BTD)[np.arange(6), np.asarray(slots.length_B) - 1]
     np.testing.assert_allclose(slots.hidden_BD, last_BD, rtol=1e-5, atol=1e-5)
 
 
@@ -142,9 +143,9 @@ def test_greedy_writes_the_argmax_of_the_full_forward() -> None:
     _, got = turn(start(PROMPTS, sampler), sampler, stop=stops(eos=()))
     for b, prompt in enumerate(PROMPTS):
         row = np.array([[*prompt, *got.token[b]]], np.int32)
-        hidden_BTD, *_ = hidden_states(MODEL, random_policy(), jnp.asarray(row), positions(jnp.asarray(row)))
-        logits_TV = hidden_BTD[0] @ random_policy()["head"].T
-        np.testing.assert_array_equal(np.asarray(logits_TV).argmax(1)[len(prompt) - 1 : -1], row[0, len(prompt) :])
+        hidden_BTD, *_ = states(MODEL, random_policy(), row, np.arange(row.shape[1], dtype=np.int32)[None])
+        logits_TV = np.asarray(hidden_BTD)[0] @ np.asarray(random_policy()["head"]).T
+        np.testing.assert_array_equal(logits_TV.argmax(1)[len(prompt) - 1 : -1], row[0, len(prompt) :])
 
 
 def test_a_draw_depends_on_episode_and_position_only() -> None:

@@ -1,4 +1,4 @@
-"""The learning tests: configs/tiny.yaml, by its command, learns."""
+"""The learning tests: configs/tiny.yaml, by its command, learns, and so does a smaller model."""
 
 from __future__ import annotations
 
@@ -15,6 +15,13 @@ import pytest
 from ppojax.runtime.metrics import read_metrics
 
 CONFIG = Path(__file__).parents[2] / "configs" / "tiny.yaml"
+SMALLER = (
+    "model.fresh={layers: 2, width: 96, ffn: 288}",
+    "critic.model.layers=1",
+    "warm_start.steps=100",
+    "steps=6",
+    "eval.every=6",
+)
 ADAPTERS = (
     "model.lora.rank=32",
     "model.lora.alpha=32",
@@ -30,15 +37,19 @@ ADAPTERS = (
 )
 
 
-def learn(folder: Path, *overrides: str) -> tuple[list[dict[str, Any]], dict[str, Any], list[float]]:
-    """Run the command as a user does.
+Learnt = tuple[list[dict[str, Any]], dict[str, Any], list[float]]
+
+
+def learn(folder: Path, *overrides: str, optimized: bool = True) -> Learnt:
+    """Run the command as a user does, or with programs that are compiled in less time and run as these tests' do.
 
     Returns:
         The rows of its steps; the last row, which has the evaluation; the first and the last loss of the warm start.
     """
-    plain = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
+    flags = "" if optimized else os.environ["XLA_FLAGS"].replace("--xla_force_host_platform_device_count=8", "")
+    env = {**os.environ, "XLA_FLAGS": flags}
     command = [sys.executable, "-m", "ppojax.train", f"config={CONFIG}", f"run.dir={folder}", *overrides]
-    done = subprocess.run(command, env=plain, cwd=CONFIG.parents[1], capture_output=True, text=True, check=False)
+    done = subprocess.run(command, env=env, cwd=CONFIG.parents[1], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     rows = read_metrics(folder / "tiny" / "metrics.jsonl")
     warm = re.search(r"warm start: \d+ supervised steps, loss ([\d.]+) -> ([\d.]+)", done.stdout + done.stderr)
@@ -46,10 +57,17 @@ def learn(folder: Path, *overrides: str) -> tuple[list[dict[str, Any]], dict[str
     return [row for row in rows if "reward/mean" in row], rows[-1], [float(loss) for loss in warm.groups()]
 
 
-@pytest.mark.parametrize("mode", ["sync", pytest.param("one_step_off", marks=pytest.mark.slow)])
-def test_tiny_learns_the_tool_call(mode: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        pytest.param(SMALLER, id="smaller"),
+        pytest.param((), id="sync", marks=pytest.mark.slow),
+        pytest.param(("rollout.mode=one_step_off",), id="one_step_off", marks=pytest.mark.slow),
+    ],
+)
+def test_tiny_learns_the_tool_call(overrides: tuple[str, ...], tmp_path: Path) -> None:
     """From one success in three or less to over three in four; the critic explains returns before rewards settle."""
-    steps, last, losses = learn(tmp_path, f"rollout.mode={mode}")
+    steps, last, losses = learn(tmp_path, *overrides, optimized=overrides != SMALLER)
     assert losses[1] < 0.2 * losses[0]
     reward = np.array([row["reward/mean"] for row in steps])
     varied = [row["critic/vf_explained_var"] for row in steps[2:] if row["reward/std"] > 0.2]

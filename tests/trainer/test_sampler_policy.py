@@ -40,6 +40,7 @@ def test_a_sampler_of_another_type_on_another_mesh() -> None:
         assert 1e-5 < out.metrics["sampling/tv_max"] < 2e-2
 
 
+@pytest.mark.slow
 def test_stale_weights_are_those_of_steps_ago() -> None:
     """What was recorded is the log-probability under the weights of two steps before, gathered from two devices;
     nothing compiles after the first step, and resuming changes no bit."""

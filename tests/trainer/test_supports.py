@@ -68,6 +68,7 @@ def test_two_steps_in_order(arguments: tuple[str, ...]) -> None:
         assert 0 < outs[0].metrics["actor/kl_loss"] < outs[1].metrics["actor/kl_loss"]
 
 
+@pytest.mark.slow
 def test_a_mesh_changes_nothing() -> None:
     arguments = ("loss.support=full", "loss.compare_supports=true", "loss.kl.coefficient=0.1", "loss.kl.estimator=full")
     alone, spread = steps(*arguments), steps(*arguments, *MESH)

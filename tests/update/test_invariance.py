@@ -104,7 +104,9 @@ def test_the_trace_of_tokens_against_a_loop() -> None:
     """The ratio to the sampler, and no gradient where DPPO masks, PPO clips, A is 0, or nothing was chosen."""
     batch, layout = minibatch()
     e = batch.experience
-    logp_BT = np.asarray(score_tokens(ACTOR, params(ACTOR), e, layout, temperature=0.9).logp)
+    score = jax.jit(partial(score_tokens, ACTOR, layout=layout, temperature=0.9))
+    logp_BT = np.asarray(score(params(ACTOR), e).logp)
+    batch, e = jax.device_get((batch, e))
     dppo, ppo = reference("dppo").trace, reference("ppo").trace
     assert dppo is not None and ppo is not None
     # The failed row has advantages, but no token that counts.

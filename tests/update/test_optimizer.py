@@ -139,7 +139,7 @@ def test_the_head_has_its_own_learning_rate() -> None:
 
 
 def test_masters_are_float32_whatever_they_were() -> None:
-    half = jax.tree.map(lambda p: p.astype(jnp.bfloat16), params())
+    half = jax.jit(lambda p: jax.tree.map(lambda x: x.astype(jnp.bfloat16), p))(params())
     optimizer = OptimizerConfig().build()
     state = init_state(ACTOR, half, optimizer, MESH)
     floats = [x for x in jax.tree.leaves(state) if jnp.issubdtype(x.dtype, jnp.floating)]
