@@ -1,8 +1,9 @@
 """What advantages, losses, critics and noise cost beside the actor's update, at 4096 tokens a row, on a CPU.
 
-    uv run python benchmarks/overheads.py [--cores 2] [--repeats 2] [--tokens 4096]
+    uv run python benchmarks/overheads.py [--cores 2] [--repeats 2] [--tokens 4096] [--return-memory] [--dry]
 
-One process; every figure is the median over repeats after the first call. The actor has 4 blocks of width 256; the
+One process, which keeps freed memory as a run does; every figure is the median over repeats after the first call, and
+updates take turns, so that what else the machine does slows all of them alike. The actor has 4 blocks of width 256; the
 quarter-size critic has one of its blocks, an ensemble two such critics. A loss is timed as value and gradient with the
 model's statistics given; shares are of the actor's update, which is only a part of a step. Results go to
 benchmarks/results/overheads_<cores>core.json.
@@ -60,17 +61,19 @@ def rows_of(tokens: int) -> list[Any]:
     return rows
 
 
-def seconds(call: Callable[[], Any], repeats: int) -> list[float]:
-    """Time calls after a first one, which compiles; say how long each took."""
+def seconds(calls: dict[str, Callable[[], Any]], repeats: int) -> dict[str, list[float]]:
+    """Time calls in turn, after a first one of each, which compiles; say how long they took."""
     import jax
 
-    jax.block_until_ready(call())
-    times = []
-    for _ in range(repeats):
-        start = time.perf_counter()
-        jax.block_until_ready(call())
-        times.append(time.perf_counter() - start)
-    print(f"{min(times):.4f} to {max(times):.4f} s", flush=True)
+    times: dict[str, list[float]] = {name: [] for name in calls}
+    for turn in range(repeats + 1):
+        for name, call in calls.items():
+            start = time.perf_counter()
+            jax.block_until_ready(call())
+            if turn:
+                times[name].append(time.perf_counter() - start)
+    for name, found in times.items():
+        print(f"{name:24} {min(found):.4f} to {max(found):.4f} s", flush=True)
     return times
 
 
@@ -90,9 +93,8 @@ def small_parts(experience: Any, repeats: int) -> dict[str, list[float]]:
         return TypeAdapter(Loss).validate_python(settings)
 
     estimators = {"gae": GAE(), "group": Group(baseline="mean", scale="std")}
-    times = {
-        f"advantage/{name}": seconds(lambda one=one: make_batch(experience, estimator=one), 10 * repeats)
-        for name, one in estimators.items()
+    calls: dict[str, Callable[[], Any]] = {
+        f"advantage/{name}": partial(make_batch, experience, estimator=one) for name, one in estimators.items()
     }
     batch = make_batch(experience, estimator=GAE())
     logp_BT = experience.logp_behavior_BT + 0.1
@@ -100,16 +102,15 @@ def small_parts(experience: Any, repeats: int) -> dict[str, list[float]]:
     for name in LOSSES:
         if name == "value":
             run = jax.jit(jax.value_and_grad(lambda v, b: ValueLoss()(v, b).sum))
-            times["loss/value"] = seconds(lambda run=run: run(experience.value_MBT, batch), 10 * repeats)
+            calls["loss/value"] = partial(run, experience.value_MBT, batch)
             continue
 
         def total(x: Any, b: Any, loss: Any) -> Any:
             return loss(TokenStats(x[0], x[1], topk_logp=topk), b).sum
 
         run = jax.jit(jax.value_and_grad(total), static_argnames="loss")
-        once = partial(run, (logp_BT, -logp_BT), batch, loss=named(name))
-        times[f"loss/{name}"] = seconds(once, 10 * repeats)
-    return times
+        calls[f"loss/{name}"] = partial(run, (logp_BT, -logp_BT), batch, loss=named(name))
+    return seconds(calls, 10 * repeats)
 
 
 def updates(experience: Any, repeats: int) -> dict[str, list[float]]:
@@ -134,22 +135,22 @@ def updates(experience: Any, repeats: int) -> dict[str, list[float]]:
     spec = DecoderSpec(layers=BLOCKS, width=WIDTH, heads=4, kv_heads=4, head_width=64, ffn=704, vocab=VOCAB)
     actor, rows = ModelDef(spec, mesh=mesh), {"layout": Layout(), "microbatch_rows": 1, "mesh": mesh}
     quarter = replace(actor, spec=spec.model_copy(update={"layers": BLOCKS // 4}), head=LinearHead())
-    times: dict[str, list[float]] = {}
+    calls: dict[str, Callable[[], Any]] = {}
 
-    def stepping(start: Any, step: Callable[[Any], Any]) -> list[float]:
+    def stepping(start: Any, step: Callable[[Any], Any]) -> Callable[[], Any]:
         held = [start]
 
         def once() -> Any:
             held[0], metrics, *_ = step(held[0])
             return metrics
 
-        return seconds(once, repeats)
+        return once
 
     for name, perturb in (("actor", None), ("actor_alp", Perturb())):
         config = ActorConfig(perturb=perturb)
         params = init(actor, jax.random.key(0)) | ({} if perturb is None else {NAME: perturb.start(spec)})
         more = {} if perturb is None else {"noise_key": jax.random.key(1), "perturb": perturb}
-        times[name] = stepping(
+        calls[name] = stepping(
             init_state(actor, params, config.build_optimizer(), mesh),
             lambda state, config=config, more=more: actor_step(
                 state, batch, model=actor, loss=DPPO(), optimizer=config.optimizer, temperature=1.0, **rows, **more
@@ -160,7 +161,7 @@ def updates(experience: Any, repeats: int) -> dict[str, list[float]]:
         value = jax.numpy.repeat(experience.value_MBT, count, axis=0)
         taught = make_batch(experience._replace(value_MBT=value), estimator=GAE())
         params = init(model, jax.random.key(0))
-        times[f"critic_{count}"] = stepping(
+        calls[f"critic_{count}"] = stepping(
             init_state(model, params, config.build_optimizer(), mesh),
             lambda state, config=config, model=model, taught=taught: critic_step(
                 state, taught, model=model, config=config, **rows
@@ -168,8 +169,8 @@ def updates(experience: Any, repeats: int) -> dict[str, list[float]]:
         )
     lone = init(quarter, jax.random.key(0))
     forward = jax.jit(lambda p, e: values(quarter, p, e))
-    times["critic_values"] = seconds(lambda: forward(lone, experience), repeats)
-    return times
+    calls["critic_values"] = partial(forward, lone, experience)
+    return seconds(calls, repeats)
 
 
 def machine(cores: int) -> dict[str, Any]:
@@ -188,13 +189,18 @@ def main() -> None:
     parser.add_argument("--cores", type=int, default=os.cpu_count())
     parser.add_argument("--repeats", type=int, default=2)
     parser.add_argument("--tokens", type=int, default=4096)
+    parser.add_argument("--return-memory", action="store_true", help="what is freed goes back to the system")
+    parser.add_argument("--dry", action="store_true", help="write no results")
     options = parser.parse_args()
     os.sched_setaffinity(0, range(options.cores))
     import jax.numpy as jnp
 
     from ppojax.experience.pack import pack
     from ppojax.mesh import MeshConfig
+    from ppojax.runtime.allocator import keep_freed_memory
 
+    if not options.return_memory:
+        keep_freed_memory()
     packed = pack(
         rows_of(options.tokens), batch=ROWS, bucket=options.tokens, actions=options.tokens, mesh=MeshConfig().build()
     )
@@ -208,6 +214,8 @@ def main() -> None:
     shares["critic_1 with values"] = (median["critic_1"] + median["critic_values"]) / median["actor"]
     for name, share in shares.items():
         print(f"{name:24} {median.get(name, float('nan')):10.4f} s {share:9.3%} of the actor's update")
+    if options.dry:
+        return
     spread = {name: [min(found), max(found)] for name, found in times.items()}
     shape = {"rows": ROWS, "tokens": options.tokens, "prompt": PROMPT, "blocks": BLOCKS, "width": WIDTH, "vocab": VOCAB}
     results = {"machine": machine(options.cores), "shape": shape, "seconds": median, "spread": spread, "shares": shares}
