@@ -28,6 +28,7 @@ LOSSES: dict[str, PolicyLoss] = {
     "cispo low": CISPO(clip_low=0.2, clip_high=0.5),
     "cispo old": CISPO(anchor="old", clip_high=0.5),
     "minirl": MiniRL(),
+    "ratios of rare tokens relaxed": MiniRL(anchor="behavior", clip_high=0.28, relax_low=0.3, relax_high=0.4),
     "dis": DIS(clip_high=1.0),
     "ipo": IPO(),
     "drpo": DRPO(),

@@ -364,7 +364,24 @@ CONTRADICTIONS = [
     (
         (*BASE, "critic.head.type=hl_gauss", "critic.loss.clip=0.2"),
         "critic.head.type=hl_gauss (command line), critic.loss.clip=0.2 (command line): "
-        "a distribution over bins is fitted by cross-entropy, which has no clip; set critic.loss.clip=null",
+        "the head is fitted by cross-entropy, which has no clip; set critic.loss.clip=null",
+    ),
+    (
+        (*BASE, "critic.loss.cross_entropy=true"),
+        "critic.head.type=linear (default), critic.loss.cross_entropy=true (command line): a value without bounds is no "
+        "probability, of which there could be a cross-entropy; set critic.head.type=arctan with its bounds, or "
+        "critic.loss.cross_entropy=false",
+    ),
+    (
+        (*BASE, "critic.head.type=arctan", "critic.loss.cross_entropy=true", "critic.loss.clip=0.2"),
+        "critic.loss.cross_entropy=true (command line), critic.loss.clip=0.2 (command line): "
+        "the head is fitted by cross-entropy, which has no clip; set critic.loss.clip=null",
+    ),
+    (
+        (*BASE, "critic.head.type=arctan", "reward_scaling.source_max=2"),
+        "critic.head.type=arctan (command line), critic.head.low=0.0 (default), critic.head.high=1.0 (default), "
+        "reward_scaling={...} (command line), env.type=calculator (command line): episodes earn -1 to 1, which the head "
+        "cannot say; set critic.head.low to -1 or less and critic.head.high to 1 or more",
     ),
     (
         (*BASE, "critic.head.type=arctan", "env.reward_answer=1"),

@@ -147,7 +147,9 @@ def test_contradictions_are_told(tmp_path: Path, capsys: pytest.CaptureFixture[s
     assert command(f"run={run.path}", out, "--dry-run") == 0
     refused("episodes earn 0 to 1, which the head cannot say", "critic.head.type=arctan", "critic.head.high=0.5")
     refused("the critic takes more blocks than the actor has", "critic.model.layers=2")
-    refused("which has no clip", "critic.head.type=hl_gauss", "critic.loss.clip=0.2")
+    refused(
+        "the head is fitted by cross-entropy, which has no clip", "critic.head.type=hl_gauss", "critic.loss.clip=0.2"
+    )
     refused("one critic does not disagree with itself; set critic.count to 2", "gae.ensemble.agreed=0.2")
     refused("gae.ensemble.agreed=0.2", "gae.ensemble.agreed=0.2")
     refused("did you mean critic.head.type?", "critic.head.typ=arctan")

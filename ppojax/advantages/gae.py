@@ -62,6 +62,11 @@ class GAE(Component):
         default=EnsembleMask(), description="what the disagreement of several critics decides (AsyPPO)"
     )
 
+    @property
+    def bootstraps(self) -> bool:
+        """Whether a truncated episode goes on with a value."""
+        return self.truncation == "bootstrap"
+
     def __call__(self, experience: Experience) -> Advantage:
         """Estimate advantages and the critics' targets from right to left (arXiv 1506.02438, eq. 16).
 

@@ -21,6 +21,7 @@ class Group(Component):
     """
 
     needs_values: ClassVar[bool] = False
+    bootstraps: ClassVar[bool] = False  # a truncated episode has what it has earned
     gamma: ClassVar[float] = 1.0  # a return is the plain sum of an episode's rewards
 
     type: Literal["group"] = "group"

@@ -18,6 +18,9 @@ def bounds(config: Config) -> Iterator[Contradiction]:
     if isinstance(head, LinearHead):
         return
     keys = ("critic.head.type", "critic.head.low", "critic.head.high")
+    if config.reward_scaling is not None:
+        keys = (*keys, "reward_scaling")
+        rewards = (config.reward_scaling.target_min, config.reward_scaling.target_max)
     if config.kl_reward is not None:
         keys, rewards = (*keys, "kl_reward"), None
     if rewards is None:

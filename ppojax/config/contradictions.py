@@ -12,7 +12,7 @@ from ppojax.config.sampling import sampling
 from ppojax.losses import DPPO
 from ppojax.losses.policy import PolicyLoss
 from ppojax.models.settings import CutCritic, FreshCritic, FreshSpec
-from ppojax.models.value_head import HLGaussHead
+from ppojax.models.value_head import HLGaussHead, LinearHead
 from ppojax.settings import Contradiction
 from ppojax.types import NO_RECORDS
 from ppojax.update.settings import OptimizerConfig
@@ -259,10 +259,17 @@ def _critic(config: Config) -> Iterator[Contradiction]:
     yield from _ensemble(config)
     yield from _frozen(config)
     yield from bounds(config)
-    if isinstance(critic.head, HLGaussHead) and critic.loss.clip is not None:
+    if isinstance(critic.head, LinearHead) and critic.loss.cross_entropy:
         yield Contradiction(
-            ("critic.head.type", "critic.loss.clip"),
-            "a distribution over bins is fitted by cross-entropy, which has no clip",
+            ("critic.head.type", "critic.loss.cross_entropy"),
+            "a value without bounds is no probability, of which there could be a cross-entropy",
+            "set critic.head.type=arctan with its bounds, or critic.loss.cross_entropy=false",
+        )
+    if (isinstance(critic.head, HLGaussHead) or critic.loss.cross_entropy) and critic.loss.clip is not None:
+        why = "critic.loss.cross_entropy" if critic.loss.cross_entropy else "critic.head.type"
+        yield Contradiction(
+            (why, "critic.loss.clip"),
+            "the head is fitted by cross-entropy, which has no clip",
             "set critic.loss.clip=null",
         )
     if critic.warmup_steps >= config.steps:

@@ -9,6 +9,7 @@ from typing import ClassVar, Literal
 from pydantic import Field, field_validator
 
 from ppojax.advantages import GAE, AdvantageEstimator
+from ppojax.advantages.reward_scaling import RewardScaling
 from ppojax.component import Component
 from ppojax.config.contradictions import contradictions
 from ppojax.envs import EnvConfig
@@ -85,6 +86,9 @@ class Config(Settings):
     env: EnvConfig = Field(description="tasks, and what answers the policy")
     rollout: RolloutConfig = Field(default=RolloutConfig(), description="how episodes are sampled")
     advantage: AdvantageEstimator = Field(default=GAE(), description="credit of each token")
+    reward_scaling: RewardScaling | None = Field(
+        default=None, description="learn from rewards on another scale, such as -1 to 1; null: on the environment's"
+    )
     kl_reward: KLReward | None = Field(
         default=None, description="take the KL to the reference policy off the rewards; null: leave them alone"
     )

@@ -22,6 +22,16 @@ class ValueLoss(Component):
         gt=0,
         description="farthest a value may move from the one the returns were made with; null for no clip",
     )
+    cross_entropy: bool = Field(
+        default=False,
+        description="fit a bounded head (arctan) by binary cross-entropy in place of the squared error; hl_gauss is "
+        "always fitted by its own",
+    )
+    scale: float = Field(
+        default=1.0,
+        gt=0,
+        description="times the loss (NeMo-RL's PPO uses 0.4); Adam feels it through max_grad_norm only",
+    )
     aggregation: Aggregation = Field(default=Aggregation(), description="how the losses of tokens are averaged")
 
     def __call__(
@@ -36,8 +46,9 @@ class ValueLoss(Component):
             loss_t = 1/2 max((V - R)^2, (clip(V, V_old - c, V_old + c) - R)^2)   with clip c (arXiv 2005.12729, sec. 3)
             loss_t = the head's cross-entropy                                    where it is given
 
-        The weight counts tokens, not critics, so that each critic's gradient does not depend on how many there are.
-        Returns and old values are stop-gradiented. Metrics are means over critics, as verl names them.
+        times `scale`, which the metrics leave out. The weight counts tokens, not critics, so that each critic's
+        gradient does not depend on how many there are. Returns and old values are stop-gradiented. Metrics are means
+        over critics, as verl names them.
         """
         action_BT = batch.experience.action_BT
         metrics: Metrics = {}
@@ -45,7 +56,7 @@ class ValueLoss(Component):
             loss_MBT = cross_entropy_MBT
         else:
             loss_MBT = self._half_square(value_MBT, batch, metrics)
-        total = self.aggregation(jnp.sum(loss_MBT, axis=0), action_BT, batch.written_B)
+        total = self.aggregation(self.scale * jnp.sum(loss_MBT, axis=0), action_BT, batch.written_B)
         metrics["critic/vf_loss"] = self.aggregation(jnp.mean(loss_MBT, axis=0), action_BT, batch.written_B)
         metrics["critic/vpred_mean"] = masked_mean(jnp.mean(value_MBT, axis=0), action_BT)
         return LossOut(total.sum, total.weight, jax.lax.stop_gradient(metrics))

@@ -51,6 +51,20 @@ class ArctanHead(_Bounded):
         centre, half = 0.5 * (self.high + self.low), 0.5 * (self.high - self.low)
         return centre + half * (2.0 / jnp.pi) * jnp.arctan(output_K[..., 0])
 
+    def cross_entropy(
+        self, output_K: Float[jax.Array, "*states 1"], target: Float[jax.Array, "*states"]
+    ) -> Float[jax.Array, "*states"]:
+        """- y log p - (1 - y) log(1 - p): binary cross-entropy of places in the range, y of the target, p of the value.
+
+            p = 1/2 + arctan(z) / pi = atan2(1, -z) / pi,      y = (target - low) / (high - low), held in [0, 1]
+
+        Its minimum over z is p = y. 1 - p is atan2(1, z) / pi: neither loses digits near 0. No gradient through y.
+        """
+        z = output_K[..., 0]
+        y = jax.lax.stop_gradient(jnp.clip((target - self.low) / (self.high - self.low), 0.0, 1.0))
+        below, above = (jnp.log(jnp.arctan2(jnp.ones_like(z), x) / jnp.pi) for x in (-z, z))
+        return -y * below - (1.0 - y) * above
+
 
 class HLGaussHead(_Bounded):
     """A distribution over bins of the range, fitted by cross-entropy to targets smoothed by a Gaussian.

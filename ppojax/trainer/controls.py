@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from ppojax.config import Config
 from ppojax.experience.kl_reward import penalize
+from ppojax.experience.reward_scaling import scale
 from ppojax.types import Experience
 
 
@@ -28,8 +29,9 @@ class Controls:
         return None if self.config.entropy_control is None else self.entropy
 
     def penalize(self, experience: Experience) -> tuple[Experience, dict[str, float]]:
-        """Take the KL off the rewards, where that is asked for, and move its coefficient."""
+        """Scale rewards and take the KL off them, where that is asked for, and move its coefficient."""
         settings = self.config.kl_reward
+        experience = scale(experience, self.config.reward_scaling, bootstraps=self.config.advantage.bootstraps)
         if settings is None:
             return experience, {}
         used = self.kl

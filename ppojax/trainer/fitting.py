@@ -17,6 +17,7 @@ from ppojax.errors import DataError
 from ppojax.experience.batch import make_batch
 from ppojax.experience.minibatch import move_rows
 from ppojax.experience.pack import bucketed, pack
+from ppojax.experience.reward_scaling import scale
 from ppojax.experience.score import Scorers, score
 from ppojax.experience.summary import to_go
 from ppojax.models.critic_files import write_critic
@@ -182,6 +183,7 @@ class _Fit:
             actions=config.env.max_turns * settings.max_turn_tokens + settings.written,
             mesh=self._mesh,
         )
+        experience = scale(experience, config.reward_scaling, bootstraps=config.advantage.bootstraps)
         return score(
             Scorers(critic=self.state.params),
             experience,

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from ppojax.masking import finish
 from ppojax.models.forward import ModelDef, Params, predict
 from ppojax.models.lora import combine
-from ppojax.models.value_head import HLGaussHead
+from ppojax.models.value_head import ArctanHead, HLGaussHead
 from ppojax.types import Batch, Layout, LossOut, Mean, TrainState
 from ppojax.update.accumulate import gradients
 from ppojax.update.settings import CriticConfig, Split
@@ -73,7 +73,7 @@ def _step(
 
     def objective(params: Params, rows: Batch) -> LossOut:
         got = predict(model, combine(frozen, params), rows.experience, layout, key)
-        if isinstance(model.head, HLGaussHead):
+        if isinstance(model.head, HLGaussHead) or (isinstance(model.head, ArctanHead) and config.loss.cross_entropy):
             assert rows.return_MBT is not None, "no critic targets: the advantage estimator returned none"
             return config.loss(got.value_MBT, rows, model.head.cross_entropy(got.output_MBTK, rows.return_MBT))
         return config.loss(got.value_MBT, rows)

@@ -80,7 +80,8 @@ def weighted(weight: Callable[..., float]) -> Row:
     def row(a: np.ndarray, mu: np.ndarray, old: np.ndarray, now: np.ndarray) -> list[tuple[float, float]]:
         out = []
         for t in range(len(a)):
-            w = weight(a=a[t], rho=math.exp(now[t] - mu[t]), r=math.exp(now[t] - old[t]), gap=_gap(now[t], mu[t]))
+            rho, r, p = math.exp(now[t] - mu[t]), math.exp(now[t] - old[t]), math.exp(mu[t])
+            w = weight(a=a[t], rho=rho, r=r, mu=p, gap=_gap(now[t], mu[t]))
             out.append((-a[t] * w * now[t], -a[t] * w))
         return out
 
@@ -91,11 +92,16 @@ def _gap(now: float, mu: float) -> float:
     return math.exp(now) - math.exp(mu)
 
 
-def minirl(a: float, rho: float, r: float, gap: float) -> float:
+def minirl(a: float, rho: float, r: float, **_: float) -> float:
     return 0.0 if (a > 0 and r > 1.27) or (a < 0 and r < 0.8) else min(rho, 5.0)
 
 
-def drpo(a: float, rho: float, r: float, gap: float) -> float:
+def relaxed(a: float, rho: float, mu: float, **_: float) -> float:
+    held = (a > 0 and rho > 1.28 and mu >= 0.4) or (a < 0 and rho < 0.8 and mu >= 0.3)
+    return 0.0 if held else min(rho, 5.0)
+
+
+def drpo(a: float, rho: float, gap: float, **_: float) -> float:
     return min(rho, 5.0) * (1 - math.copysign(1, a) * math.copysign(1, rho - 1) * abs(gap) / 0.2) if a else 0.0
 
 
@@ -158,6 +164,7 @@ ROWS: dict[str, Row] = {
     "cispo low": weighted(lambda rho, **_: min(max(rho, 0.8), 1.5)),
     "cispo old": weighted(lambda r, **_: min(r, 1.5)),
     "minirl": weighted(minirl),
+    "ratios of rare tokens relaxed": weighted(relaxed),
     "dis": weighted(lambda rho, **_: rho if 0.7 < rho < 2.0 else 0.0),
     "ipo": ipo,
     "drpo": weighted(drpo),

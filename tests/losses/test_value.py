@@ -96,3 +96,13 @@ def test_a_cross_entropy_takes_the_place_of_the_squared_error():
     np.testing.assert_allclose(out.metrics["critic/vf_loss"], (10.5, 3))
     np.testing.assert_allclose(out.metrics["critic/vpred_mean"], (0.5 * (1.1 + 3.0), 3), rtol=1e-6)
     assert "critic/vf_clipfrac" not in out.metrics
+
+
+def test_a_scale_is_in_the_loss_and_its_slope_and_not_in_the_metrics():
+    """NeMo-RL's 0.4: errors and slopes of `test_plain`, times that."""
+    out = ValueLoss(scale=0.4)(jnp.asarray(VALUE, jnp.float32), batch())
+    np.testing.assert_allclose(out.sum, 0.4 * (1.655 + 0.25), rtol=1e-6)
+    assert out.weight == 3
+    expected = [[[-0.36, -0.2, 0.6, 0]], [[-0.2, 0.2, 0, 0]]]
+    np.testing.assert_allclose(slope(ValueLoss(scale=0.4), batch()), expected, rtol=1e-6, atol=1e-7)
+    np.testing.assert_allclose(out.metrics["critic/vf_loss"], ((1.655 + 0.25) / 2, 3), rtol=1e-6)

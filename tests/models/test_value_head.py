@@ -45,6 +45,30 @@ def test_an_arctan_head_stays_inside_its_range() -> None:
     np.testing.assert_allclose(slope, 4 / np.pi / (1 + z[:4].astype(np.float64) ** 2), rtol=1e-6)
 
 
+def test_binary_cross_entropy_by_hand() -> None:
+    """Of [-1, 3]: z of 1, 0, -1 are p = 3/4, 1/2, 1/4; the slope by z is ((1 - y) / (1 - p) - y / p) / (pi (1 + z^2))."""
+    head, z = ArctanHead(low=-1.0, high=3.0), jnp.asarray([1.0, 0.0, -1.0, 1.0])
+    target = jnp.asarray([2.0, 3.0, -1.0, 0.0])  # y = 3/4, 1, 0, 1/4
+    got = head.cross_entropy(z[:, None], target)
+    want = [-0.75 * np.log(0.75) - 0.25 * np.log(0.25), np.log(2), -np.log(0.75), -0.25 * np.log(0.75 * 0.25**3)]
+    np.testing.assert_allclose(got, want, rtol=1e-6)
+    by_z, by_y = jax.grad(lambda z, y: head.cross_entropy(z[:, None], y).sum(), (0, 1))(z, target)
+    np.testing.assert_allclose(by_z, [0, -2 / np.pi, 2 / (3 * np.pi), 4 / (3 * np.pi)], rtol=1e-6, atol=1e-7)
+    assert not by_y.any()
+
+
+def test_binary_cross_entropy_at_its_edges() -> None:
+    """Far out p is 1 / (pi |z|), to all digits; targets beyond the range count as its end; nothing is infinite."""
+    head, z = ArctanHead(), jnp.asarray([-1e6, 1e6, -1e30, 1e30])
+    for y, near in ((1.0, slice(None, None, 2)), (0.0, slice(1, None, 2))):
+        at = head.cross_entropy(z[:, None], jnp.full(4, y))
+        np.testing.assert_allclose(at[near], np.log(np.pi) + np.log([1e6, 1e30]), rtol=1e-6)
+        np.testing.assert_array_equal(at, head.cross_entropy(z[:, None], jnp.full(4, 9 * y - 4)))
+        slope = jax.grad(lambda z, y=y: head.cross_entropy(z[:, None], jnp.full(4, y)).sum())(z)
+        np.testing.assert_allclose(slope[near][0], (-1 if y else 1) * 1e-6, rtol=1e-5)
+        assert np.isfinite(at).all() and np.isfinite(slope).all()
+
+
 @pytest.mark.parametrize("y", [-1.0, -0.9, 0.0, 0.25, 1.1, 2.99, 3.0])
 def test_targets_are_gaussians_over_bins(y: float) -> None:
     got = BINS.target(jnp.asarray([y]))[0]
