@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import threading
 import time
 from collections.abc import Iterator
@@ -16,7 +17,9 @@ from pydantic import ValidationError
 from ppojax.envs.rewards import Answered, Rewards
 from ppojax.envs.rewards.function import Function
 from ppojax.envs.rewards.judge import Judge, JudgeError
+from ppojax.envs.rewards.preference import Preference
 from ppojax.envs.rewards.rules import Exact, Form, Language, Length, Numeric
+from ppojax.envs.rewards.served import ServedError
 from ppojax.errors import ConfigError
 
 TAGGED = "<think>a</think><answer>7</answer>"
@@ -188,7 +191,8 @@ class Model(BaseHTTPRequestHandler):
         time.sleep(self.pause)
         self.send_response(200 if self.status == 503 and len(self.seen) > 1 else self.status)
         self.end_headers()
-        self.wfile.write(json.dumps({"choices": [{"message": {"content": self.reply}}]}).encode())
+        reply = self.reply if isinstance(self.reply, dict) else {"choices": [{"message": {"content": self.reply}}]}
+        self.wfile.write(json.dumps(reply).encode())
 
     def log_message(self, format: str, *args: Any) -> None:
         pass
@@ -245,6 +249,41 @@ def test_a_slow_judge_runs_out_of_time(model: tuple[type[Model], str]) -> None:
         Judge(url=url, model="m", timeout_s=0.05, tries=1)(answered("7"))
     with pytest.raises(TimeoutError):
         Rewards(judge=Judge(url=url, model="m"), timeout_s=0.05).grade(answered("7"))
+
+
+@pytest.mark.parametrize(
+    ("scored", "odds", "score"),
+    [
+        ({"data": [[0.3], [math.log(3)]]}, True, 0.75),  # one score a token: the last
+        ({"data": [2.0]}, False, 2.0),
+        ({"probs": [0.9]}, False, 0.9),
+        ({"score": -1e6}, True, 0.0),
+    ],
+)
+def test_a_reward_model_is_asked_for_the_whole_conversation(
+    model: tuple[type[Model], str], scored: Any, odds: bool, score: float
+) -> None:
+    """exp(r) / (1 + exp(r)) of r = ln 3 is 3/4."""
+    handler, url = model
+    handler.reply = {"data": [scored]}
+    part = Preference(url=f"{url}/pooling", model="m", odds=odds)
+    assert part(answered("7", completion="x")) == pytest.approx(score)
+    path, body = handler.seen[0]
+    said = [{"role": "user", "content": "3+4?"}, {"role": "assistant", "content": "x"}]
+    assert (path, body["model"], body["messages"]) == ("/v1/pooling", "m", said)
+    total, info = Rewards(exact=Exact(), preference=part.model_copy(update={"weight": 0.5})).grade(answered("7"))
+    assert total == pytest.approx(1 + 0.5 * score) and info["reward/preference"] == pytest.approx(score)
+    assert info["success"]  # which a preference does not decide
+
+
+def test_a_reward_model_that_fails(model: tuple[type[Model], str]) -> None:
+    handler, url = model
+    for reply in ({"data": []}, {"data": [{"probs": []}]}, {"data": [{"data": "no"}]}, {"error": "x"}):
+        handler.reply = reply
+        with pytest.raises(ServedError, match=r"expected data\[0\] with data, probs or score, got"):
+            Preference(url=url, model="m")(answered("7"))
+    with pytest.raises(ConfigError, match=r"env\.reward\.preference\.key_file=/no/key: cannot be read"):
+        Rewards(preference=Preference(url="http://x", model="m", key_file="/no/key")).load()
 
 
 @pytest.mark.parametrize(

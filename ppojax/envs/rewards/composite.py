@@ -12,7 +12,9 @@ from ppojax.component import Component
 from ppojax.envs.rewards.function import Function
 from ppojax.envs.rewards.judge import Judge
 from ppojax.envs.rewards.part import Answered, Part
+from ppojax.envs.rewards.preference import Preference
 from ppojax.envs.rewards.rules import Exact, Form, Language, Length, Numeric
+from ppojax.envs.rewards.served import Served
 from ppojax.envs.user_code import call_limited
 
 
@@ -35,8 +37,9 @@ class Rewards(Component):
     length: Length | None = Field(default=None, description="punishment of long answers")
     function: Function | None = Field(default=None, description="a Python function of your own")
     judge: Judge | None = Field(default=None, description="a language model behind an OpenAI-compatible address")
+    preference: Preference | None = Field(default=None, description="a reward model behind an address (Bradley-Terry)")
     success_at: float = Field(default=1.0, description="score from which on an answer counts as right")
-    timeout_s: float = Field(default=30.0, gt=0, description="seconds that function and judge may take")
+    timeout_s: float = Field(default=30.0, gt=0, description="seconds that function, judge and preference may take")
     failed_score: float | None = Field(
         default=None, description="score of a part that fails; null makes its episode an error"
     )
@@ -68,7 +71,7 @@ class Rewards(Component):
 
     def _score(self, name: str, part: Part, answered: Answered, info: dict[str, Any]) -> float:
         """Score one part; what a part gives by name is logged by name, and its sum is the score."""
-        outside = isinstance(part, Function | Judge | Numeric)
+        outside = isinstance(part, Function | Served | Numeric)
         outcome = call_limited(lambda: _numbers(name, part(answered)), self.timeout_s if outside else None)
         if self.failed_score is not None:
             info[f"failed/{name}"] = float(outcome.error is not None)
