@@ -108,9 +108,9 @@ def build(config: Config) -> tuple[Parts, States]:
     mesh = config.mesh.build()
     config.rollout.build_mesh(mesh)
     key = purpose_key(config.seed, OUTSIDE, INIT_ACTOR)
-    loaded = load_model(config.model, key, mesh, lambda model: _check_mesh(config, model))
+    loaded = load_model(config.model, key, mesh, lambda model: _check_actor(config, model))
     loaded = replace(loaded, model=replace(loaded.model, mesh=mesh))
-    _check_mesh(config, loaded.model)
+    _check_actor(config, loaded.model)
     _check_statistics(config, loaded.model)
     trained, frozen = split(loaded.params, loaded.model.lora)
     critic, critic_base, critic_state = None, {}, None
@@ -178,7 +178,7 @@ def make_sampler(config: Config, model: ModelDef, mesh: jax.sharding.Mesh) -> Sa
         rollout.segment,
         rollout.temperature,
         Cuts(rollout.top_k, rollout.top_p, rollout.min_p),
-        record_experts=_replayed(rollout.record_experts, model),
+        record_experts=rollout.record_experts is not False and model.spec.moe is not None,
         records=config.records,
         logit_noise=rollout.mismatch.logit_noise,
         hidden_noise=rollout.mismatch.hidden_noise,
@@ -208,14 +208,6 @@ def make_collector(config: Config, model: ModelDef, tokenizer: Tokenizer, mesh: 
         judge=_judge(config, model),
         prompt_limit=PromptLimit(rollout.max_prompt_tokens, rollout.long_prompts),
     )
-
-
-def _replayed(asked: bool | None, model: ModelDef) -> bool:
-    if asked and model.spec.moe is None:
-        raise ConfigError(
-            "rollout.record_experts=true: this model has no experts to record; set rollout.record_experts=null"
-        )
-    return asked is not False and model.spec.moe is not None
 
 
 def _slots(config: Config, mesh: jax.sharding.Mesh) -> int:
@@ -262,6 +254,15 @@ def greedy(collector: Collector) -> Collector:
     """The same episodes, one of each task, always with the most likely token."""
     same = plain(collector)
     return replace(same, sampler=replace(same.sampler, greedy=True), group_size=1)
+
+
+def _check_actor(config: Config, model: ModelDef) -> None:
+    """Check what can be told of the policy's model before its weights are read."""
+    if config.rollout.record_experts and model.spec.moe is None:
+        raise ConfigError(
+            "rollout.record_experts=true: this model has no experts to record; set rollout.record_experts=null"
+        )
+    _check_mesh(config, model)
 
 
 def _check_mesh(config: Config, model: ModelDef) -> None:

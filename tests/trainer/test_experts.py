@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 
+from helpers import SPEC
+from ppojax.config import Config
 from ppojax.errors import ConfigError
 from ppojax.trainer import Trainer
-from tiny_config import tiny
+from tiny_config import TINY, tiny
 
 EXPERTS = ("model.fresh.moe.experts=8", "model.fresh.moe.chosen=2", "model.fresh.moe.ffn=16", "warm_start=null")
 
@@ -41,4 +45,19 @@ def test_experts_that_do_not_divide_are_named() -> None:
         tiny(*EXPERTS, "mesh.expert=3", "update.microbatch_rows=12", "rollout.prompts=12", "update.minibatches=1")
     assert "moe.experts is split over mesh.expert and does not divide; mesh.expert may be 1, 2, 4, 8" in str(
         caught.value
+    )
+
+
+def test_experts_of_a_loaded_dense_model_are_refused_before_its_weights_are_read(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """What is to be replayed can only be told when the model is known."""
+    dense = SimpleNamespace(spec=SPEC)  # and no weights
+    monkeypatch.setattr("ppojax.models.pretrained.find_source", lambda path: dense)
+    own = [a for a in TINY if not a.startswith("model.")]
+    config = Config.load(*own, "model.path=dense", "rollout.record_experts=true")
+    with pytest.raises(ConfigError) as caught:
+        Trainer(config)
+    assert str(caught.value) == (
+        "rollout.record_experts=true: this model has no experts to record; set rollout.record_experts=null"
     )

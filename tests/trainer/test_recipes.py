@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +30,28 @@ EXTRA = {
         "rollout.compaction.request=go",
         "rollout.compaction.header=' '",
     ),
+}
+# The paper of each, which its header names.
+PAPERS = {
+    "alp": "2603.19470",
+    "asyppo": "2510.01656",
+    "bpco": "2608.23566",
+    "cispo": "2506.13585",
+    "compaction_rl": "2607.05378",
+    "dapo": "2503.14476",
+    "dppo_full": "2602.04879",
+    "dppo_kl": "2602.04879",
+    "dppo_topk": "2602.04879",
+    "dppo_tv": "2602.04879",
+    "dr_grpo": "2503.20783",
+    "grpo": "2402.03300",
+    "gspo": "2507.18071",
+    "minirl": "2512.01374",
+    "ppo": "1707.06347",
+    "reinforce_pp": "2501.03262",
+    "rloo": "2402.14740",
+    "sao": "2607.07508",
+    "vapo": "2504.05118",
 }
 ALONE = {"bpco", "sao", "compaction_rl"}  # one episode a task
 
@@ -67,8 +91,9 @@ def sized(recipe: str) -> list[str]:
 def test_recipes_hold_together(recipe: str) -> None:
     config = Config.load(*sized(recipe))
     assert config.rollout.rows == 128
-    head = (FOLDER / "recipes" / f"{recipe}.yaml").read_text().split("\n\n")[0]
-    assert head.startswith("# ") and ("arXiv" in head)
+    lines = (FOLDER / "recipes" / f"{recipe}.yaml").read_text().splitlines()
+    head = " ".join(line.removeprefix("# ") for line in takewhile(lambda line: line.startswith("# "), lines))
+    assert PAPERS[recipe] in re.findall(r"arXiv (\d{4}\.\d{5})", head), head
 
 
 @pytest.fixture(scope="module")
