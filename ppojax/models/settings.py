@@ -11,7 +11,7 @@ from ppojax.errors import ConfigError
 from ppojax.models.lora import LoRAConfig
 from ppojax.models.spec import AttentionChoice, DecoderSpec, MoESpec, Remat, RopeSpec, StatisticsChoice
 
-Dtype = Literal["float32", "bfloat16"]  # float16 needs loss scaling, which is not here yet
+Dtype = Literal["float32", "bfloat16", "float16"]
 
 
 class FreshSpec(Component):
@@ -57,7 +57,11 @@ class ModelConfig(Component):
         description="auto (the model's own, or its training variant where that rewrites earlier turns), training, or "
         "the path of a template",
     )
-    dtype: Dtype = Field(default="float32", description="compute type; master weights are float32")
+    dtype: Dtype = Field(
+        default="float32",
+        description="compute type; master weights are float32; float16 rounds 8 times finer than bfloat16, in a "
+        "smaller range, for which losses are scaled",
+    )
     remat: Remat = Field(
         default="full",
         description="what a block keeps for its backward pass: none (recompute nothing), dots (the matrix products), "
@@ -73,7 +77,9 @@ class ModelConfig(Component):
         description="what computes log-probabilities, entropies and divergences over the vocabulary: tiled (the "
         "default), reference (all logits at once, for tests), pallas_gpu, pallas_tpu, triton",
     )
-    base_dtype: Dtype = Field(default="float32", description="type in which frozen weights are kept, with lora")
+    base_dtype: Literal["float32", "bfloat16"] = Field(
+        default="float32", description="type in which frozen weights are kept, with lora"
+    )
     lora: LoRAConfig | None = Field(
         default=None, description="train adapters of low rank and freeze the rest; null: train everything"
     )

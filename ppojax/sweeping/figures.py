@@ -13,7 +13,7 @@ from ppojax.sweeping.record import Measured, Planned, Record
 
 LOSSES = ("actor/loss", "critic/loss", "actor/grad_norm", "critic/grad_norm")
 # Largest difference from the reference mesh in the first step, of a number's size and at least of SMALL.
-BOUNDS: Mapping[str, float] = {"float32": 1e-4, "bfloat16": 5e-2}
+BOUNDS: Mapping[str, float] = {"float32": 1e-4, "bfloat16": 5e-2, "float16": 1e-2}
 SMALL = 1e-2
 SENT = "sent_bytes_actor_update_"  # before the axes along which
 Value = float | int | str | None

@@ -14,12 +14,18 @@ from ppojax.types import Batch, LossOut, Metrics, TokenTrace
 
 
 def gradients(
-    loss: Callable[[Params, Batch], LossOut], params: Params, batch: Batch, microbatch_rows: int, group: int = 1
+    loss: Callable[[Params, Batch], LossOut],
+    params: Params,
+    batch: Batch,
+    microbatch_rows: int,
+    group: int = 1,
+    scale: jax.Array | None = None,
 ) -> tuple[Params, jax.Array, jax.Array, Metrics, TokenTrace | None]:
     """Differentiate sum / weight over the whole minibatch.
 
     Sums and weights of the parts are added up before the one division, so neither the loss nor its gradient depends
     on how the rows are cut into microbatches (`group` consecutive rows stay together). Gradients accumulate in float32.
+    They are taken of the sum times `scale`, and divided by it, so that what float16 holds of them does not underflow.
 
     Returns:
         Gradients, the loss, its weight, the metrics of the whole minibatch, and its trace, if the loss has one.
@@ -27,11 +33,11 @@ def gradients(
 
     def part(params: Params, rows: Batch) -> tuple[jax.Array, LossOut]:
         out = loss(params, rows)
-        return out.sum, out
+        return out.sum if scale is None else out.sum * scale, out
 
     def one(rows: Batch) -> tuple[Params, jax.Array, jax.Array, Metrics, TokenTrace | None]:
-        (total, out), grads = jax.value_and_grad(part, has_aux=True)(params, rows)
-        return grads, total, out.weight, out.metrics, out.trace
+        (_, out), grads = jax.value_and_grad(part, has_aux=True)(params, rows)
+        return grads, out.sum, out.weight, out.metrics, out.trace
 
     def step(carry: tuple, rows: Batch) -> tuple[tuple, tuple[Metrics, TokenTrace | None]]:
         *sums, metrics, trace = one(rows)
@@ -45,5 +51,6 @@ def gradients(
         (grads, total, weight), (stacked, traces) = jax.lax.scan(step, zeros, parts)
         metrics = reduce_parts(stacked)
         trace = jax.tree.map(lambda x: join_rows(x, group), traces)
-    scale = jnp.where(weight > 0, 1.0 / jnp.maximum(weight, 1e-9), 0.0)
-    return jax.tree.map(lambda g: g * scale, grads), total * scale, weight, metrics, trace
+    share = jnp.where(weight > 0, 1.0 / jnp.maximum(weight, 1e-9), 0.0)
+    unscaled = share if scale is None else share / scale
+    return jax.tree.map(lambda g: g * unscaled, grads), total * share, weight, metrics, trace

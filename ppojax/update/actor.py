@@ -17,7 +17,7 @@ from ppojax.models.perturb import NAME, Perturb, apart, perturbation_of
 from ppojax.types import Batch, Layout, LossOut, Max, Mean, Metrics, TokenStats, TokenTrace, TrainState
 from ppojax.update.accumulate import gradients
 from ppojax.update.settings import OptimizerConfig, with_perturb
-from ppojax.update.state import apply_gradients, state_shardings
+from ppojax.update.state import apply_gradients, loss_scale, state_shardings
 
 NO_ROUTER_LOSS = RouterLoss()
 
@@ -108,19 +108,25 @@ def actor_step(
         extra, load = router(routing)
         return out._replace(sum=out.sum + extra * out.weight, metrics={**out.metrics, **load})
 
-    batch = loss.of_minibatch(batch)
-    grads, value, weight, metrics, trace = gradients(objective, state.params, batch, microbatch_rows, layout.group)
+    batch, scale = loss.of_minibatch(batch), loss_scale(state, model.dtype)
+    parts = (batch, microbatch_rows, layout.group, scale)
+    grads, value, weight, metrics, trace = gradients(objective, state.params, *parts)
     transform, rate = with_perturb(optimizer, perturb), optimizer.learning_rate_at(state.step)
     assert trace is not None
     state, applied = apply_gradients(state, grads, weight, transform)
     state = jax.lax.with_sharding_constraint(
         state, state_shardings(model, transform, mesh, perturbed=perturb is not None, spread=optimizer.over_data)
     )
-    one = jnp.float32(1)
-    metrics |= {"actor/loss": Mean(value, one), "actor/lr": Mean(rate, one)}
+    metrics |= _told(value, rate, scale)
     if perturb is not None:
         metrics |= _sizes(perturb.sigma(state.params[NAME]))
     return state, finish(metrics | {f"actor/{name}": m for name, m in applied.items()}), trace
+
+
+def _told(loss: jax.Array, rate: jax.Array, scale: jax.Array | None) -> Metrics:
+    one = jnp.float32(1)
+    scaled = {} if scale is None else {"actor/loss_scale": Mean(scale, one)}
+    return {"actor/loss": Mean(loss, one), "actor/lr": Mean(rate, one), **scaled}
 
 
 def _sizes(sigma: jax.Array) -> Metrics:

@@ -15,7 +15,7 @@ from ppojax.models.value_head import ArctanHead, HLGaussHead
 from ppojax.types import Batch, Layout, LossOut, Mean, TrainState
 from ppojax.update.accumulate import gradients
 from ppojax.update.settings import CriticConfig, Split
-from ppojax.update.state import apply_gradients, state_shardings
+from ppojax.update.state import apply_gradients, loss_scale, state_shardings
 
 
 @partial(jax.jit, static_argnames=("model", "config", "layout", "microbatch_rows", "mesh"), donate_argnames=("state",))
@@ -78,11 +78,13 @@ def _step(
             return config.loss(got.value_MBT, rows, model.head.cross_entropy(got.output_MBTK, rows.return_MBT))
         return config.loss(got.value_MBT, rows)
 
-    grads, value, weight, metrics, _ = gradients(objective, state.params, batch, microbatch_rows, layout.group)
+    scale = loss_scale(state, model.dtype)
+    grads, value, weight, metrics, _ = gradients(objective, state.params, batch, microbatch_rows, layout.group, scale)
     rate = config.optimizer.learning_rate_at(state.step)
     state, applied = apply_gradients(state, grads, weight, config.build_optimizer())
     one = jnp.float32(1)
     metrics |= {"critic/loss": Mean(value, one), "critic/lr": Mean(rate, one)}
+    metrics |= {} if scale is None else {"critic/loss_scale": Mean(scale, one)}
     return state, finish(metrics | {f"critic/{name}": m for name, m in applied.items()})
 
 

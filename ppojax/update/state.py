@@ -17,6 +17,8 @@ from ppojax.models.perturb import NAME
 from ppojax.transfer import put
 from ppojax.types import Mean, Metrics, TrainState
 
+LOSS_SCALE_START, LOSS_SCALE_MOST, LOSS_SCALE_PERIOD = 10, 24, 1000  # powers of two; optimizer steps
+
 
 def state_shardings(
     model: ModelDef,
@@ -110,6 +112,19 @@ def apply_gradients(
     one = jnp.float32(1)
     metrics: Metrics = {"grad_norm": Mean(norm, one), "skipped": Mean(1 - finite.astype(jnp.float32), one)}
     return new, metrics
+
+
+def loss_scale(state: TrainState, dtype: str) -> jax.Array | None:
+    """What a loss is multiplied by where gradients are computed in float16; None for other types.
+
+    2^(10 - refused + applied // 1000), between 1 and 2^24: halved by every update that was refused as non-finite,
+    doubled by every thousand that were applied (arXiv 1710.03740, section 3.2, counted from the start of the run).
+    Losses are sums over tokens, so that 1 is about what other trainers' 2^10 and more is.
+    """
+    if dtype != "float16":
+        return None
+    power = LOSS_SCALE_START - state.skipped[0] + state.step // LOSS_SCALE_PERIOD
+    return jnp.exp2(jnp.clip(power, 0, LOSS_SCALE_MOST).astype(jnp.float32))
 
 
 def skipped_in_a_row(state: TrainState) -> int:

@@ -192,15 +192,22 @@ def test_a_mesh_that_does_not_divide_is_refused() -> None:
 
 @pytest.mark.slow
 def test_an_ensemble_of_bounded_critics() -> None:
-    """Advantages are made of their mean; each learns from its own episodes, and they come to disagree."""
-    trainer = Trainer(tiny("critic.count=2", "critic.split=responses", "critic.head.type=arctan", "warm_start=null"))
+    """Advantages are made of their mean; each learns from its own episodes, and they come to disagree.
+
+    Fitted by cross-entropy, to rewards that are learned from as -1 to 1 and told as they were earned.
+    """
+    critics = ("critic.count=2", "critic.split=responses", "critic.head.type=arctan", "critic.head.low=-1")
+    learnt = ("critic.loss.cross_entropy=true", "reward_scaling.target_min=-1")
+    trainer = Trainer(tiny(*critics, *learnt, "warm_start=null"))
     outs = [trainer.step() for _ in range(2)]
     critic = trainer.states.critic
     assert critic is not None and critic.step.tolist() == [4, 4]
     value_MBT = outs[1].batch.experience.value_MBT
     assert value_MBT is not None and value_MBT.shape[0] == 2
     action_BT = outs[1].batch.experience.action_BT
-    assert np.all((np.asarray(value_MBT)[:, action_BT] > 0) & (np.asarray(value_MBT)[:, action_BT] < 1))
+    assert np.all(np.abs(np.asarray(value_MBT)[:, action_BT]) < 1)
+    returned = np.asarray(outs[0].batch.return_MBT)[:, np.asarray(outs[0].batch.experience.action_BT)]
+    assert returned.min() == pytest.approx(-1, abs=1e-5) and 0 <= outs[0].metrics["reward/mean"] < 1
     assert outs[0].metrics["critic/value_std"] > 0 and np.isfinite(list(outs[1].metrics.values())).all()
     after = jax.device_get(critic.params)
     assert not any(np.array_equal(leaf[0], leaf[1]) for leaf in jax.tree.leaves(after))
