@@ -367,9 +367,20 @@ CONTRADICTIONS = [
         "the head is fitted by cross-entropy, which has no clip; set critic.loss.clip=null",
     ),
     (
+        (*BASE, "critic.count=2", "critic.split=responses", "advantage.ensemble.disputed=0.2", "loss.type=nll"),
+        "advantage.ensemble.disputed=0.2 (command line), loss.type=nll (command line): tokens are left out of an entropy "
+        "bonus that there is not; set loss.entropy_coefficient, for instance to 0.001, or advantage.ensemble.disputed=0",
+    ),
+    (
+        (*BASE, "actor.perturb.initial=0.01", "loss.type=minirl"),
+        "actor.perturb={...} (command line), loss.type=minirl (command line), loss.anchor=old (default): the policy with "
+        "noise is compared with the sampler, and this loss takes a ratio to the policy at the start of the update; set "
+        "loss.anchor=behavior where the loss has it (ppo, gspo, cispo, dppo, minirl), or actor.perturb=null",
+    ),
+    (
         (*BASE, "critic.loss.cross_entropy=true"),
-        "critic.head.type=linear (default), critic.loss.cross_entropy=true (command line): a value without bounds is no "
-        "probability, of which there could be a cross-entropy; set critic.head.type=arctan with its bounds, or "
+        "critic.head.type=linear (default), critic.loss.cross_entropy=true (command line): a value without bounds is "
+        "no probability, of which there could be a cross-entropy; set critic.head.type=arctan with its bounds, or "
         "critic.loss.cross_entropy=false",
     ),
     (
@@ -380,8 +391,8 @@ CONTRADICTIONS = [
     (
         (*BASE, "critic.head.type=arctan", "reward_scaling.source_max=2"),
         "critic.head.type=arctan (command line), critic.head.low=0.0 (default), critic.head.high=1.0 (default), "
-        "reward_scaling={...} (command line), env.type=calculator (command line): episodes earn -1 to 1, which the head "
-        "cannot say; set critic.head.low to -1 or less and critic.head.high to 1 or more",
+        "reward_scaling={...} (command line), env.type=calculator (command line): episodes earn -1 to 1, which the "
+        "head cannot say; set critic.head.low to -1 or less and critic.head.high to 1 or more",
     ),
     (
         (*BASE, "critic.head.type=arctan", "env.reward_answer=1"),

@@ -59,8 +59,9 @@ def _entropy(config: Config) -> Iterator[Contradiction]:
             "set loss.entropy_coefficient, for instance to 0.001, or loss.entropy_control=null",
         )
     if isinstance(config.advantage, GAE) and config.advantage.ensemble.disputed > 0 and not loss.entropy:
+        bonus = "loss.entropy_coefficient" if isinstance(loss, PolicyLoss) else "loss.type"
         yield Contradiction(
-            ("advantage.ensemble.disputed", "loss.entropy_coefficient"),
+            ("advantage.ensemble.disputed", bonus),
             "tokens are left out of an entropy bonus that there is not",
             "set loss.entropy_coefficient, for instance to 0.001, or advantage.ensemble.disputed=0",
         )
@@ -72,7 +73,7 @@ def _perturb(config: Config) -> Iterator[Contradiction]:
             ("actor.perturb", "loss.type", "loss.anchor"),
             "the policy with noise is compared with the sampler, and this loss takes a ratio to the policy at the "
             "start of the update",
-            "set loss.anchor=behavior where the loss has it (ppo, gspo, cispo, dppo), or actor.perturb=null",
+            "set loss.anchor=behavior where the loss has it (ppo, gspo, cispo, dppo, minirl), or actor.perturb=null",
         )
 
 

@@ -38,8 +38,9 @@ def region_metrics(
 ) -> Metrics:
     """Say how far the policy is from the anchor, and which tokens were left out, by the sign of their advantage.
 
-    Shares of `dropped_BT` leave out tokens of zero advantage. The anchor is the sampler unless another is given, and
-    the divergence that of the drawn token unless another one is `used`.
+    Shares of `dropped_BT` leave out tokens of zero advantage, and are of a minibatch; a training step logs their mean
+    over its optimizer steps, in which 0 stands for a minibatch that has no such tokens. The anchor is the sampler
+    unless another is given, and the divergence that of the drawn token unless another one is `used`.
     """
     e, advantage_BT = batch.experience, batch.advantage_BT
     logp_BT = jax.lax.stop_gradient(stats.logp)

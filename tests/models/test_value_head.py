@@ -46,7 +46,7 @@ def test_an_arctan_head_stays_inside_its_range() -> None:
 
 
 def test_binary_cross_entropy_by_hand() -> None:
-    """Of [-1, 3]: z of 1, 0, -1 are p = 3/4, 1/2, 1/4; the slope by z is ((1 - y) / (1 - p) - y / p) / (pi (1 + z^2))."""
+    """Of [-1, 3]: z of 1, 0, -1 are p = 3/4, 1/2, 1/4; the slope is ((1 - y) / (1 - p) - y / p) / (pi (1 + z^2))."""
     head, z = ArctanHead(low=-1.0, high=3.0), jnp.asarray([1.0, 0.0, -1.0, 1.0])
     target = jnp.asarray([2.0, 3.0, -1.0, 0.0])  # y = 3/4, 1, 0, 1/4
     got = head.cross_entropy(z[:, None], target)
