@@ -368,14 +368,16 @@ CONTRADICTIONS = [
     ),
     (
         (*BASE, "critic.count=2", "critic.split=responses", "advantage.ensemble.disputed=0.2", "loss.type=nll"),
-        "advantage.ensemble.disputed=0.2 (command line), loss.type=nll (command line): tokens are left out of an entropy "
-        "bonus that there is not; set loss.entropy_coefficient, for instance to 0.001, or advantage.ensemble.disputed=0",
+        "advantage.ensemble.disputed=0.2 (command line), loss.type=nll (command line): "
+        "tokens are left out of an entropy bonus that there is not; "
+        "set loss.entropy_coefficient, for instance to 0.001, or advantage.ensemble.disputed=0",
     ),
     (
         (*BASE, "actor.perturb.initial=0.01", "loss.type=minirl"),
-        "actor.perturb={...} (command line), loss.type=minirl (command line), loss.anchor=old (default): the policy with "
-        "noise is compared with the sampler, and this loss takes a ratio to the policy at the start of the update; set "
-        "loss.anchor=behavior where the loss has it (ppo, gspo, cispo, dppo, minirl), or actor.perturb=null",
+        "actor.perturb={...} (command line), loss.type=minirl (command line), loss.anchor=old (default): the policy "
+        "with noise is compared with the sampler, and this loss takes a ratio to the policy at the start of the "
+        "update; set loss.anchor=behavior where the loss has it (ppo, gspo, cispo, dppo, minirl), or "
+        "actor.perturb=null",
     ),
     (
         (*BASE, "critic.loss.cross_entropy=true"),
