@@ -60,6 +60,8 @@ def main(settings: CriticFitConfig, flags: Flags) -> int:
     played = Config.load(f"config={run.config}")
     config = _with_critic(played, settings)
     console = Console()
+    if played.kl_reward is not None:
+        console.print("kl_reward: stored rewards are without the KL, and so are the targets", soft_wrap=True)
     if flags.dry_run:
         console.print(f"ok: a critic would be fitted to the rollouts of {run.path}", soft_wrap=True)
         return ExitCode.DONE

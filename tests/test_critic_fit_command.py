@@ -153,6 +153,9 @@ def test_contradictions_are_told(tmp_path: Path, capsys: pytest.CaptureFixture[s
     refused("one critic does not disagree with itself; set critic.count to 2", "gae.ensemble.agreed=0.2")
     refused("gae.ensemble.agreed=0.2", "gae.ensemble.agreed=0.2")
     refused("did you mean critic.head.type?", "critic.head.typ=arctan")
+    penalized = stored(tmp_path / "penalized", "kl_reward.coefficient=0.1")
+    assert command(f"run={penalized.path}", out, "--dry-run") == 0
+    assert "kl_reward: stored rewards are without the KL" in capsys.readouterr().out
 
 
 def test_bad_input(run: RunDir, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
