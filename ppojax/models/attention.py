@@ -7,6 +7,7 @@ W, a token at position p sees positions p - W + 1 to p (Longformer, arXiv 2004.0
 
 from __future__ import annotations
 
+from functools import partial
 from typing import NamedTuple
 
 import jax
@@ -14,13 +15,28 @@ import jax.numpy as jnp
 
 
 class KeyValue(NamedTuple):
-    """Keys (rotated) `[L, B, S, Kh, F]` and values `[L, B, S, Kh, Fv]` of every block; slot s holds position s.
+    """Keys (rotated) `[L, B, T, Kh, F]` and values `[L, B, T, Kh, Fv]` of new tokens, in every block.
 
     `F` and `Fv` are the same but for latent attention, which also has a key and a value for each query head.
     """
 
     k: jax.Array
     v: jax.Array
+
+
+class Cache(NamedTuple):
+    """Keys `[L, B, Kh, F, S]` and values `[L, B, Kh, S, Fv]` of every block; slot s holds position s.
+
+    Each lies as the product with it reads it: else XLA keeps a second cache that does, while tokens are decoded.
+    """
+
+    k: jax.Array
+    v: jax.Array
+
+
+def as_cache(read: KeyValue) -> Cache:
+    """Keys and values of tokens as a cache that holds them from its start."""
+    return Cache(read.k.transpose(0, 1, 3, 4, 2), read.v.transpose(0, 1, 3, 2, 4))
 
 
 class Packing(NamedTuple):
@@ -43,11 +59,16 @@ Masks = tuple[jax.Array, ...]  # `[B, T, S]`, True where seen; one of plain rows
 
 
 def attend(
-    q_BTHF: jax.Array, keys: list[jax.Array], values: list[jax.Array], mask_BTS: jax.Array, scores: Scores
+    q_BTHF: jax.Array,
+    keys: list[jax.Array],
+    values: list[jax.Array],
+    mask_BTS: jax.Array,
+    scores: Scores,
+    cache: Cache | None = None,
 ) -> jax.Array:
-    """Grouped-query attention over the concatenation of `keys` (each `[B, S_i, Kh, F]`), softmax in float32.
+    """Grouped-query attention over a block's `cache`, then `keys` (each `[B, S_i, Kh, F]`), softmax in float32.
 
-    The parts stay apart (a cache and the new tokens), so that a cache is read and never copied.
+    The parts stay apart, so that a cache is read and never copied.
 
     Returns:
         The heads side by side, `[B, T, H * Fv]`.
@@ -55,8 +76,9 @@ def attend(
     B, T, H, F = q_BTHF.shape
     kv_heads = keys[0].shape[2]
     q = (q_BTHF * scores.scale).reshape(B, T, kv_heads, H // kv_heads, F)
-    parts = [jnp.einsum("btkgf,bskf->bkgts", q, k, preferred_element_type=jnp.float32) for k in keys]
-    score = jnp.concatenate(parts, axis=-1)
+    form = partial(jnp.einsum, preferred_element_type=jnp.float32)
+    held = [] if cache is None else [form("btkgf,bkfs->bkgts", q, cache.k)]
+    score = jnp.concatenate([*held, *(form("btkgf,bskf->bkgts", q, k) for k in keys)], axis=-1)
     if scores.softcap is not None:
         score = scores.softcap * jnp.tanh(score / scores.softcap)
     score = jnp.where(mask_BTS[:, None, None], score, -1e30)
@@ -65,10 +87,11 @@ def attend(
         score = jnp.concatenate([score, jnp.broadcast_to(sink, (*score.shape[:-1], 1))], axis=-1)
     weight = jax.nn.softmax(score, axis=-1).astype(q_BTHF.dtype)
     out, start = None, 0
-    for v in values:
-        part = jnp.einsum("bkgts,bskf->btkgf", weight[..., start : start + v.shape[1]], v)
+    parts = [] if cache is None else [("bkgts,bksf->btkgf", cache.v, cache.v.shape[2])]
+    for product, v, size in [*parts, *(("bkgts,bskf->btkgf", v, v.shape[1]) for v in values)]:
+        part = jnp.einsum(product, weight[..., start : start + size], v)
         out = part if out is None else out + part
-        start += v.shape[1]
+        start += size
     assert out is not None
     return out.reshape(B, T, -1)
 
@@ -96,7 +119,7 @@ def masks(position_BT: jax.Array, slots: int, packing: Packing | None, window: i
 
 
 def attention(
-    q: jax.Array, k: jax.Array, v: jax.Array, cache: KeyValue | None, seen: Masks, packing: Packing | None, how: Scores
+    q: jax.Array, k: jax.Array, v: jax.Array, cache: Cache | None, seen: Masks, packing: Packing | None, how: Scores
 ) -> jax.Array:
     """Attend from the new tokens to themselves and to one block's cache, or inside packed rows.
 
@@ -107,8 +130,7 @@ def attention(
         The heads side by side, `[B, T, H * Fv]`.
     """
     if packing is None:
-        keys, values = ([k], [v]) if cache is None else ([cache.k, k], [cache.v, v])
-        return attend(q, keys, values, seen[0], how)
+        return attend(q, [k], [v], seen[0], how, cache)
     assert cache is None, "packed rows are read whole"
     prefix, group = packing
     shared_k, shared_v = (jnp.repeat(x[:, :prefix], group, axis=0) for x in (k, v))

@@ -22,7 +22,7 @@ from flax import nnx
 from ppojax.mesh import RULES, sharding
 from ppojax.models import parameters
 from ppojax.models.activation import gated
-from ppojax.models.attention import KeyValue, Masks, Packing, Scores, attention, masks
+from ppojax.models.attention import Cache, KeyValue, Masks, Packing, Scores, attention, masks
 from ppojax.models.flash import flash, use_flash
 from ppojax.models.linear import linear
 from ppojax.models.lora import LoRAConfig, drop
@@ -139,7 +139,7 @@ class Block:
     key_B: jax.Array | None = None  # of the adapters' dropout; None: nothing is dropped
 
     def __call__(
-        self, x_BTD: jax.Array, sight: Sight, cache: KeyValue | None, packing: Packing | None, routed: jax.Array | None
+        self, x_BTD: jax.Array, sight: Sight, cache: Cache | None, packing: Packing | None, routed: jax.Array | None
     ) -> tuple[jax.Array, tuple[KeyValue, Routing | None]]:
         """Apply the block; return the new tokens' keys and values, and their routing, too."""
         h = self.norm("attn_norm", x_BTD)
@@ -271,7 +271,7 @@ class Decoder(nnx.Module):
         self,
         token_BT: jax.Array,
         position_BT: jax.Array,
-        cache: KeyValue | None = None,
+        cache: Cache | None = None,
         packing: Packing | None = None,
         routed: jax.Array | None = None,
         *,
@@ -292,7 +292,7 @@ class Decoder(nnx.Module):
         """
         spec, kinds = self.spec, block_kinds(self.spec)
         distinct = list(dict.fromkeys(kinds))
-        sights = sights_of(spec, distinct, position_BT, 0 if cache is None else cache.k.shape[2], packing)
+        sights = sights_of(spec, distinct, position_BT, 0 if cache is None else cache.k.shape[-1], packing)
         cached, packed, dtype = cache is not None, packing is not None, self.embed[...].dtype.name
         flashing = use_flash(choice, spec, dtype, cached=cached, packed=packed)
 

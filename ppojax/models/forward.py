@@ -14,7 +14,7 @@ from flax import nnx
 from ppojax.actions import at_actions, to_tokens
 from ppojax.kernels import cap_logits, token_stats
 from ppojax.mesh import RULES, assert_even, sharding
-from ppojax.models.attention import KeyValue, Packing
+from ppojax.models.attention import Cache, Packing
 from ppojax.models.critic import Critic
 from ppojax.models.decoder import Decoder, Hidden
 from ppojax.models.hints import back, with_hints
@@ -145,7 +145,7 @@ def hidden_states(
     params: Params,
     token_BT: jax.Array,
     position_BT: jax.Array,
-    cache: KeyValue | None = None,
+    cache: Cache | None = None,
     packing: Packing | None = None,
     routed: jax.Array | None = None,
     valid_BT: jax.Array | None = None,

@@ -13,12 +13,11 @@ import optax
 from ppojax.config import Config
 from ppojax.experience.batch import make_batch
 from ppojax.mesh import sharding
-from ppojax.models.attention import KeyValue
 from ppojax.models.forward import ModelDef, Params, abstract_params, compute_type, param_shardings
 from ppojax.models.lora import split
 from ppojax.models.perturb import NAME
 from ppojax.planning.workload import Workload
-from ppojax.rollout.sampler import CACHE, ROUTED, SamplerDef, Slots, empty, record_shapes
+from ppojax.rollout.sampler import SamplerDef, Slots, empty, places, record_shapes
 from ppojax.rollout.sync import narrower
 from ppojax.types import Batch, Experience, TrainState
 from ppojax.update.state import init_state, state_shardings
@@ -81,14 +80,9 @@ def abstract_played(sampler: SamplerDef, policy: Params) -> Params:
 
 
 def abstract_slots(sampler: SamplerDef, played: Params, count: int) -> Slots:
-    """The sampler's slots, as `ppojax.rollout.sampler.pin` lays them out."""
+    """The sampler's slots, as `ppojax.rollout.sampler.places` lays them out."""
     slots = jax.eval_shape(partial(empty, sampler=sampler, count=count), played)
-
-    def place(axes: tuple[str | None, ...]) -> Any:
-        return sharding(sampler.mesh, axes)
-
-    row, cache, routed = place(("rows", None)), place(CACHE), None if slots.routed_LBSK is None else place(ROUTED)
-    return placed(slots, Slots(KeyValue(cache, cache), row, row, place(("rows",)), routed))
+    return placed(slots, places(slots, sampler.mesh))
 
 
 def abstract_experience(config: Config, sampler: SamplerDef, work: Workload, rows: int) -> Experience:

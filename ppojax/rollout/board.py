@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 
 import jax
 import numpy as np
 
+from ppojax.mesh import row_shards
 from ppojax.models.forward import Params
 from ppojax.rollout.episode import Episode
-from ppojax.rollout.feed import feed, share_prompts
+from ppojax.rollout.feed import device_of, feed, share_prompts
 from ppojax.rollout.sampler import SamplerDef, empty
 
 
@@ -88,15 +90,12 @@ class Board:
         before: dict[int, int] = {}  # to each slot, from where: prompts of earlier rows, and those that are read now
         now: dict[int, int] = {}
         for episode in entering:
-            source = self._began.index(episode.token) if self._begun(episode.token) else None
-            if source is not None:  # a slot that is only going to hold the prompt says where it comes from
-                source = before.get(source, now.get(source, source))
-            slot = source if source in free else self._least_wanted(free, ready)
+            slot, source = self._place(episode.token, free, ready)
             free.remove(slot)
             if source is None:
                 new[slot] = episode.token
             else:
-                (now if source in new else before)[slot] = source
+                (now if source in new or source in now else before)[slot] = source
             self.held[slot], self._began[slot] = episode, list(episode.token)
         self._share(before)
         self._feed(new, prompt=True)
@@ -113,13 +112,27 @@ class Board:
         """Read tokens behind the row in a slot."""
         self._feed({slot: ids}, prompt=False)
 
-    def _begun(self, prompt: list[int]) -> bool:
-        return self._shares and prompt in self._began
+    def _place(self, prompt: list[int], free: list[int], ready: list[Episode]) -> tuple[int, int | None]:
+        """A free slot for a row, and the slot that it takes its prompt from, which is on the same device.
 
-    def _least_wanted(self, free: list[int], ready: list[Episode]) -> int:
-        """A free slot, if possible one that holds no prompt of a waiting episode."""
+        None where no device with a free slot holds the prompt. It is then read on the device that has most room, so
+        that others that begin so can follow.
+        """
         wanted = [episode.token for episode in ready]
-        return next((b for b in free if self._began[b] not in wanted), free[0])
+        room = Counter(map(self._device, free))
+        held = [b for b, began in enumerate(self._began) if began == prompt] if self._shares else []
+        held = [b for b in held if room[self._device(b)]]
+        own = next((b for b in held if b in free), None)
+        if own is not None:
+            return own, own
+        device = self._device(held[0]) if held else max(room, key=lambda device: room[device])
+        near = [b for b in free if self._device(b) == device]
+        # If possible one that holds no prompt of a waiting episode.
+        slot = next((b for b in near if self._began[b] not in wanted), near[0])
+        return slot, held[0] if held else None
+
+    def _device(self, slot: int) -> int:
+        return device_of(slot, len(self.held), row_shards(self._sampler.mesh))
 
     def _share(self, sources: Mapping[int, int]) -> None:
         if sources:

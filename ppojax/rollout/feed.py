@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 import numpy as np
 
+from ppojax.mesh import row_shards
 from ppojax.models.forward import Params
 from ppojax.rollout.sampler import SamplerDef, Slots, extend, prefill, share
 
@@ -62,7 +63,7 @@ def feed(
         left = {b: ids[start : start + width] for b, ids in rows.items() if len(ids) > start}
         fresh = prompt and start == 0
         for part, size in _batches(left, B, width, sampler, 0 if fresh else sampler.positions):
-            token_RT, count_R, slot_R = _padded(part, size, width, B)
+            token_RT, count_R, slot_R = _padded(part, size, width, B, row_shards(sampler.mesh))
             if fresh:
                 slots = prefill(params, slots, token_RT, count_R, slot_R, sampler=sampler)
             else:
@@ -76,41 +77,55 @@ Rows = dict[int, Sequence[int]]
 
 
 def _batches(rows: Rows, slots: int, width: int, sampler: SamplerDef, past: int) -> Iterator[tuple[Rows, int]]:
-    """Deal rows out to batches, each with its size."""
+    """Deal rows out to batches, each with its size; to each device no more than its part of a batch."""
     if slots * width <= FEW:
         yield rows, slots
         return
-    unit = _unit(sampler)
+    unit = row_shards(sampler.mesh)
     most = max(PAIRS // (width * (width + past)) // unit, 1) * unit
-    left = list(rows.items())
-    for size in heights(len(left), min(slots, most), unit):
-        yield dict(left[:size]), size
-        left = left[size:]
+    dealt = _by_device(rows, slots, unit)
+    for size in heights(max(map(len, dealt)) * unit, min(slots, most), unit):
+        part = size // unit
+        yield {b: rows[b] for own in dealt for b in own[:part]}, size
+        dealt = [own[part:] for own in dealt]
 
 
-def _padded(rows: Rows, size: int, width: int, slots: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Tokens, counts and slots of a batch; one of all slots has them in order."""
+def _by_device(rows: Iterable[int], slots: int, devices: int) -> list[list[int]]:
+    """Slots by the device that holds them, each in the order in which they come."""
+    dealt: list[list[int]] = [[] for _ in range(devices)]
+    for b in rows:
+        dealt[device_of(b, slots, devices)].append(b)
+    return dealt
+
+
+def device_of(slot: int, slots: int, devices: int) -> int:
+    """The device of a slot: they are split over devices in order."""
+    return slot * devices // slots
+
+
+def _padded(rows: Rows, size: int, width: int, slots: int, devices: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Tokens, counts and slots of a batch, each row on the device of its slot; one of all slots has them in order."""
     whole = size == slots
     token_RT, count_R = np.zeros((size, width), np.int32), np.zeros(size, np.int32)
     slot_R = np.arange(size, dtype=np.int32) if whole else np.full(size, slots, np.int32)
-    for r, (b, ids) in enumerate(rows.items()):
-        at = b if whole else r
-        token_RT[at, : len(ids)], count_R[at], slot_R[at] = ids, len(ids), b
+    for device, own in enumerate(_by_device(rows, slots, devices)):
+        for r, b in enumerate(own):
+            at, ids = b if whole else device * (size // devices) + r, rows[b]
+            token_RT[at, : len(ids)], count_R[at], slot_R[at] = ids, len(ids), b
     return token_RT, count_R, slot_R
 
 
 def share_prompts(
     slots: Slots, sources: Mapping[int, int], lengths: Mapping[int, int], *, sampler: SamplerDef
 ) -> Slots:
-    """Begin new rows in the slots that are the keys with the prompts of other slots, all at once."""
-    B = slots.length_B.shape[0]
-    size = min(size for size in sizes(B, _unit(sampler)) if size >= len(sources))
+    """Begin new rows in the slots that are the keys with the prompts of other slots of their device, in this order."""
+    B, devices = slots.length_B.shape[0], row_shards(sampler.mesh)
+    dealt = _by_device(sources, B, devices)
+    size = min(size for size in sizes(B, devices) if size >= devices * max(map(len, dealt)))
     source_R, target_R, length_R = np.zeros(size, np.int32), np.full(size, B, np.int32), np.zeros(size, np.int32)
-    for r, (target, source) in enumerate(sources.items()):
-        source_R[r], target_R[r], length_R[r] = source, target, lengths[target]
+    for device, own in enumerate(dealt):
+        for r, target in enumerate(own, device * (size // devices)):
+            source = sources[target]
+            assert device_of(source, B, devices) == device, "a prompt is shared on one device"
+            source_R[r], target_R[r], length_R[r] = source, target, lengths[target]
     return share(slots, source_R, target_R, length_R, sampler=sampler)
-
-
-def _unit(sampler: SamplerDef) -> int:
-    """Devices over which rows are split."""
-    return sampler.mesh.size // sampler.mesh.shape["tensor"]

@@ -13,7 +13,7 @@ import pytest
 
 from moe_model import SPECS, drawn
 from ppojax.mesh import MeshConfig
-from ppojax.models.attention import KeyValue
+from ppojax.models.attention import as_cache
 from ppojax.models.decoder import Hidden
 from ppojax.models.forward import ModelDef, head_VD, hidden_states, param_shardings, positions
 from ppojax.models.spec import Remat
@@ -87,7 +87,7 @@ def test_a_cache_gives_the_full_pass_and_its_routing(family: str) -> None:
     run = jax.jit(lambda t, p, c: hidden_states(model, params, t, p, c))
     whole: Hidden = run(TOKEN_BT, positions(TOKEN_BT), None)
     first = run(TOKEN_BT[:, :6], positions(TOKEN_BT)[:, :6], None)
-    cache = KeyValue(*first.key_value)
+    cache = as_cache(first.key_value)
     last = run(TOKEN_BT[:, 6:], positions(TOKEN_BT)[:, 6:], cache)
     np.testing.assert_allclose(last.hidden_BTD[:, 0], whole.hidden_BTD[:, 6], rtol=1e-4, atol=1e-5)
     assert last.routing is not None and whole.routing is not None

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from math import ceil, log, log2
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -13,10 +13,13 @@ import pytest
 
 from ppojax.mesh import MeshConfig
 from ppojax.models.forward import hidden_states, positions
+from ppojax.planning.program import inspect
 from ppojax.rollout import feed as feeding
-from ppojax.rollout.feed import feed, heights, share_prompts, sizes, widths
-from ppojax.rollout.sampler import SamplerDef, Slots, empty
-from tiny_model import MODEL, VOCAB, random_policy, sampler_of
+from ppojax.rollout.board import Board
+from ppojax.rollout.episode import Episode, LateEnv
+from ppojax.rollout.feed import device_of, feed, heights, share_prompts, sizes, widths
+from ppojax.rollout.sampler import SamplerDef, Slots, empty, extend, prefill, share
+from tiny_model import MODEL, VOCAB, ScriptedEnv, random_policy, sampler_of
 
 MESHES = {"one": MeshConfig(), "rows": MeshConfig(data=2), "rows and heads": MeshConfig(fsdp=2, tensor=2)}
 
@@ -70,7 +73,9 @@ def test_shapes_are_few_whatever_the_lengths(
         for prompt in (True, False):
             feed({}, state, rows, sampler=sampler, smallest=smallest, prompt=prompt)
         lengths = {b: len(ids) for b, ids in rows.items()}
-        share_prompts(state, dict.fromkeys(chosen, chosen[0]), lengths, sampler=sampler)
+        devices = MESHES[mesh].row_shards
+        first = {device_of(b, slots, devices): b for b in reversed(chosen)}
+        share_prompts(state, {b: first[device_of(b, slots, devices)] for b in chosen}, lengths, sampler=sampler)
     W, H = 1 + ceil(log2(feeding.CHUNK / smallest)), 1 + ceil(log(slots, 4))
     assert len(asked["prefill"]) <= W * H and len(asked["extend"]) <= 2 * W * H and len(asked["share"]) <= H
     assert len(asked["prefill"]) > W or slots == 1  # the bound is not idle
@@ -105,8 +110,8 @@ def test_any_chunks_and_batches_are_the_full_pass(mesh: str, monkeypatch: pytest
 
     slots = read({1: ids(37), 3: ids(1), 6: ids(20)}, prompt=True, slots=slots)
     prompts = {b: list(row) for b, row in held.items()}
-    slots = share_prompts(slots, {0: 1, 4: 6, 5: 1}, {0: 37, 4: 20, 5: 37}, sampler=sampler)
-    held |= {0: list(held[1]), 4: list(held[6]), 5: list(held[1])}
+    slots = share_prompts(slots, {0: 1, 4: 6, 5: 4}, {0: 37, 4: 20, 5: 20}, sampler=sampler)
+    held |= {0: list(held[1]), 4: list(held[6]), 5: list(held[6])}
     check(slots)
     slots = read({0: ids(5), 1: ids(21), 4: ids(2), 6: ids(9)}, prompt=False, slots=slots)
     slots = read({b: ids(b % 3 + 1) for b in (0, 1, 3, 4, 5, 6)}, prompt=False, slots=slots)
@@ -118,3 +123,42 @@ def test_any_chunks_and_batches_are_the_full_pass(mesh: str, monkeypatch: pytest
     check(slots)
     slots = read({1: ids(3), 6: ids(3), 7: ids(17)}, prompt=False, slots=slots)
     check(slots)
+
+
+def test_nothing_travels_between_slots() -> None:
+    """Each device reads, writes and copies the slots that it holds; a second cache is needed nowhere."""
+    sampler, rows = sampler_of(mesh=MESHES["rows"].build(), positions=512), np.zeros(8, np.int32)
+    params = random_policy()
+    slots = empty(params, sampler=sampler, count=16)
+    tokens, cache = np.zeros((8, 8), np.int32), sum(x.nbytes for x in slots.cache) / 2
+    lowered = {
+        "prefill": prefill.lower(params, slots, tokens, rows, rows, sampler=sampler),
+        "extend": extend.lower(params, slots, tokens, rows, rows, sampler=sampler),
+        "share": share.lower(slots, rows, rows, rows, sampler=sampler),
+    }
+    programs = {name: inspect(name, program, sampler.mesh) for name, program in lowered.items()}
+    assert [c for program in programs.values() for c in program.collectives] == []
+    assert programs["share"].memory.new < cache / 4  # one of 8 slots
+    assert programs["prefill"].memory.new < cache / 2
+    assert programs["extend"].memory.new < 1.5 * cache  # half of the slots, taken out, and what is read of them
+    with pytest.raises(AssertionError, match="on one device"):
+        share_prompts(slots, {0: 8}, {0: 3}, sampler=sampler)
+
+
+def test_prompts_are_read_once_on_each_device_that_plays_them() -> None:
+    """Three groups of four in eight slots of two devices: groups lie together, then where there is room."""
+    sampler = sampler_of(mesh=MESHES["rows"].build())
+    board = Board(random_policy(), sampler, 8, smallest=4, share=True)
+    prompts = [[3, 5 + n, 9] for n in range(3)]
+    ready = [Episode(LateEnv(ScriptedEnv), n // 4, n, [], list(prompts[n // 4])) for n in range(12)]
+    playing = board.admit(ready)
+    groups = [None if e is None else e.group for e in board.held]
+    assert [playing[n].number for n in range(8)] == list(range(8)) and groups == [0] * 4 + [1] * 4
+    for slot in (1, 2, 6):
+        board.leave(cast(Episode, board.held[slot]))
+    board.admit(ready)
+    assert [None if e is None else e.group for e in board.held] == [0, 2, 2, 0, 1, 1, 2, 1]
+    assert board.slots.length_B.tolist() == [3] * 8
+    token_BT = jnp.asarray([cast(Episode, e).token for e in board.held])
+    hidden_BTD, *_ = hidden_states(MODEL, random_policy(), token_BT, positions(token_BT))
+    np.testing.assert_allclose(board.slots.hidden_BD, hidden_BTD[:, -1], rtol=1e-5, atol=1e-5)
