@@ -35,7 +35,9 @@ SHAPES = {
     "qwen2_5_7b": "qwen2_5_7b",
     "qwen3_8b": "qwen3_8b_tools",
     "qwen3_30b_a3b": "qwen3_30b_a3b",
+    "long_context": "long_context",
 }
+SEGMENTS = {"long_context": 2}  # rows of an episode
 MOE = "qwen3_30b_a3b"
 TARGETS = ("h200:1", "h200:8", "h200:8x8", "v5p:2x2x4")
 
@@ -66,23 +68,31 @@ def write(shape: str, name: str, compiling: bool) -> None:
         return
     target, start = parse_target(name), time.perf_counter()
     config = Config.load(f"config={HERE.parent / 'configs' / 'h200' / SHAPES[shape]}.yaml", *changes(shape, name))
-    assumed = Assumed()
+    assumed = Assumed(segments=SEGMENTS.get(shape, 1))
     report = make_plan(config, target, assumed, compiling=compiling)
     found = table.record(report, PRICE, [] if report.fits else advise(report, assumed))
-    found |= {"shape": shape, "changes_to_the_recipe": changes(shape, name), "date": time.strftime("%Y-%m-%d")}
+    found |= {
+        "shape": shape,
+        "recipe": SHAPES[shape],
+        "segments": assumed.segments,
+        "changes_to_the_recipe": changes(shape, name),
+        "date": time.strftime("%Y-%m-%d"),
+    }
     found["planned_in_s"] = round(time.perf_counter() - start, 1)
     OUT.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(found, indent=1) + "\n")
     console = Console(width=150)
     console.print(table.head_line(report), table.memory_table(report), table.time_table(report, PRICE))
     console.print(table.program_table(report) if report.programs else "", *report.notes, sep="\n")
+    if report.compiling is not None:
+        console.print(
+            f"compiled in {report.compiling.wall_s:.0f} s, {report.compiling.processor_s:.0f} s of processors"
+        )
 
 
 def show() -> None:
     """Print the plans that have been written, as Markdown."""
-    print(
-        "| shape | target | mesh | compiled | peak GiB a device | fits | step s | tokens/s a device | MFU | $ a step |"
-    )
+    print("| shape | target | mesh | processor s | peak GiB | fits | step s | tokens/s a device | MFU | $ a step |")
     print("|---|---|---|---|---|---|---|---|---|---|")
     for shape in SHAPES:
         for name in TARGETS:
@@ -91,8 +101,7 @@ def show() -> None:
                 continue
             p = json.loads(path.read_text())
             mesh = " x ".join(f"{axis} {n}" for axis, n in p["mesh"].items() if n > 1) or "1"
-            longest = max((program["compile_s"] for program in p["programs"]), default=None)
-            how = "estimate" if longest is None else f"longest {longest:.0f} s"
+            how = "estimate" if p["compiling"] is None else f"{p['compiling']['processor_s']:.0f}"
             print(
                 f"| {shape} | {name} | {mesh} | {how} | {p['peak']['bytes'] / 2**30:.1f} ({p['peak']['while']}) "
                 f"| {'yes' if p['fits'] else 'no'} | {p['step_s']:.1f} | {p['tokens_per_s_per_device']:.0f} "
@@ -113,6 +122,8 @@ def main() -> None:
         return
     for shape in SHAPES if options.shape is None else (options.shape,):
         for target in TARGETS if options.target is None else (options.target,):
+            if shape == "long_context" and target != "h200:8":
+                continue
             write(shape, target, not options.estimate)
 
 

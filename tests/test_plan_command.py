@@ -72,17 +72,29 @@ def test_without_a_compiler_the_estimate_says_so(capsys: pytest.CaptureFixture[s
             assert "note: not compiled, all of it is an estimate by formula" in capsys.readouterr().out
 
 
-@pytest.mark.skipif(
-    importlib.util.find_spec("jax_cuda13_plugin") is None,
-    reason="jax's CUDA plugin is not installed (extra plan-cuda): nothing is compiled for a GPU here",
-)
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
-def test_a_plan_for_a_gpu_is_compiled(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("target", "package", "extra"), [("h200:8", "jax_cuda13_plugin", "plan-cuda"), ("v5e:2x4", "libtpu", "plan-tpu")]
+)
+def test_a_plan_is_compiled_for_what_is_not_there(target: str, package: str, extra: str, tmp_path: Path) -> None:
+    """Its programs, what they send along each axis, and that decoding keeps no second cache."""
+    if importlib.util.find_spec(package) is None:
+        pytest.skip(f"{package} is not installed (extra {extra}): nothing is compiled for {target} here")
     out = tmp_path / "plan.json"
-    assert command("target=h200:8", "mesh.data=4", "mesh.tensor=2", f"out={out}") == 0
+    meshes = ("mesh.fsdp=4", "mesh.tensor=2", "rollout.prompts=8", "update.microbatch_rows=8", "rollout.slots=16")
+    cache = ("model.fresh.layers=8", "model.fresh.width=256", "rollout.max_tokens=1024", "rollout.bucket=1024")
+    assert command(f"target={target}", "model.dtype=bfloat16", *meshes, *cache, f"out={out}") == 0
     written = json.loads(out.read_text())
-    assert {p["name"] for p in written["programs"]} >= {"prefill", "decode", "score", "critic", "actor"}
-    assert any(c["axes"] == ["tensor"] for p in written["programs"] for c in p["collectives"])
+    assert written["compiled"] is True and written["compiling"]["processor_s"] > 0
+    programs = {p["name"]: p for p in written["programs"]}
+    assert set(programs) == {"prefill", "share", "decode", "score", "critic", "actor"}
+    sent = {name: {(c["kind"], *c["axes"]) for c in p["collectives"]} for name, p in programs.items()}
+    assert ("all-gather", "fsdp") in sent["actor"] and any(kind[1:] == ("tensor",) for kind in sent["decode"])
+    assert programs["share"]["collectives"] == []
+    cache_bytes = written["memory_bytes"]["decode"]["cache"]
+    assert cache_bytes > 8e6 and programs["decode"]["memory_bytes"]["temporary"] < cache_bytes / 2
+    assert programs["share"]["memory_bytes"]["temporary"] < cache_bytes / 2
 
 
 @pytest.mark.parametrize("path", sorted((CONFIGS / "h200").glob("*.yaml")), ids=lambda p: p.stem)

@@ -112,7 +112,7 @@ def cache_bytes(config: Config, spec: DecoderSpec, work: Workload) -> float:
 
 
 def _generation(config: Config, actor: ModelDef, work: Workload) -> tuple[Terms, Terms]:
-    """While tokens are read, and while they are written: the loop keeps a second copy of the cache."""
+    """While tokens are read, and while they are written: a block's part of the cache is taken out of it."""
     rollout, spec = config.rollout, actor.spec
     mesh, dtype = rollout.mesh or config.mesh, rollout.dtype or config.model.dtype
     copied = dtype != "float32" or mesh != config.mesh
@@ -125,7 +125,9 @@ def _generation(config: Config, actor: ModelDef, work: Workload) -> tuple[Terms,
     slots = work.slots / mesh.row_shards
     logits = 3 * 4 * slots * spec.vocab / mesh.tensor
     layer = _gathered(actor, mesh, WIDTH[dtype])
-    return Terms(weights, 0, 0, reading + layer, cache), Terms(weights, 0, 0, cache + layer, cache, logits)
+    return Terms(weights, 0, 0, reading + layer, cache), Terms(
+        weights, 0, 0, cache / spec.layers + layer, cache, logits
+    )
 
 
 def _gathered(model: ModelDef, mesh: MeshConfig, width: int) -> float:

@@ -12,14 +12,14 @@ from ppojax.mesh import AXES
 from ppojax.planning.abstract import bytes_of
 from ppojax.planning.memory import Terms, awake_of, held, memory_of_step, own_mesh
 from ppojax.planning.models import Models, models_of
-from ppojax.planning.program import Program, inspect
+from ppojax.planning.program import Compiling, Program, inspect_all
 from ppojax.planning.steps import Plan, plan_steps
 from ppojax.planning.targets import Target
 from ppojax.planning.timing import Speed, speed_of
 from ppojax.planning.topology import NoCompiler, devices_of, mesh_on
 from ppojax.planning.workload import Workload, workload_of
 
-GENERATION = ("prefill", "extend", "decode")  # programs that run while the sampler's slots are there
+GENERATION = ("prefill", "share", "extend", "decode")  # programs that run while the sampler's slots are there
 PARTS = {"values": "score"}  # of a step, where they are called otherwise than their program
 
 
@@ -42,6 +42,7 @@ class Report:
     Attributes:
         compiled: the real programs were compiled for the target; else memory and collectives are estimates.
         programs: what was compiled.
+        compiling: what that took, if anything was.
         memory: bytes of one device while each program (compiled) or part of a step (estimated) runs.
         limit: bytes that programs may take.
         notes: where the plan leaves what will run, and what is idle.
@@ -57,6 +58,7 @@ class Report:
     limit: float
     speed: Speed
     notes: tuple[str, ...]
+    compiling: Compiling | None = None
 
     @property
     def peak(self) -> tuple[str, Terms]:
@@ -91,7 +93,7 @@ def make_plan(config: Config, target: Target, assumed: Assumed = DEFAULT, *, com
     work = workload_of(config, **how)
     estimate = memory_of_step(config, models, work)
     programs: tuple[Program, ...] = ()
-    memory, calls = estimate, {}
+    memory, calls, took = estimate, {}, None
     everything = min(held(config, models, part).total for part in ("gen", "score", "critic", "actor"))
     if compiling and everything > share * target.chip.memory:
         notes.append(
@@ -107,12 +109,12 @@ def make_plan(config: Config, target: Target, assumed: Assumed = DEFAULT, *, com
             mesh, own = mesh_on(config.mesh, devices), own_mesh(config)
             beside = None if own is None else mesh_on(own, devices[mesh.size :])
             plan = plan_steps(config, models, mesh, work, beside)
-            programs = tuple(inspect(step.name, step.lower(), step.mesh) for step in plan.steps)
+            programs, took = inspect_all([(step.name, step.lower, step.mesh) for step in plan.steps])
             memory = _measured(config, plan, programs, estimate)
             calls = {p.name: (step.calls, p.collectives) for step, p in zip(plan.steps, programs, strict=True)}
     speed = speed_of(config, models, work, target, calls if programs else None)
     limit = share * target.chip.memory
-    return Report(config, target, models, work, bool(programs), programs, memory, limit, speed, tuple(notes))
+    return Report(config, target, models, work, bool(programs), programs, memory, limit, speed, tuple(notes), took)
 
 
 def compilable(models: Models, target: Target) -> tuple[Models, list[str]]:

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from ppojax.config import Config
 from ppojax.experience.batch import without_records
 from ppojax.experience.score import Scorers, score
+from ppojax.mesh import row_shards
 from ppojax.models.forward import Heads, ModelDef, Params
 from ppojax.models.lora import combine
 from ppojax.models.perturb import apart
@@ -31,7 +32,7 @@ from ppojax.planning.models import Models
 from ppojax.planning.workload import Workload, passes_of
 from ppojax.rollout.decode import decode, no_turns
 from ppojax.rollout.feed import FEW, PAIRS, heights, widths
-from ppojax.rollout.sampler import SamplerDef, Slots, extend, prefill
+from ppojax.rollout.sampler import SamplerDef, Slots, extend, prefill, share
 from ppojax.trainer.build import make_sampler
 from ppojax.types import Experience, TrainState
 from ppojax.update.actor import actor_step
@@ -135,7 +136,7 @@ class _Maker(NamedTuple):
     held: Held
 
     def sampling(self, played: Params, slots: Slots) -> list[Step]:
-        """Reading prompts, reading behind a cache where that happens, and decoding."""
+        """Reading prompts, handing them on in a group, reading behind a cache where that happens, and decoding."""
         config, sampler = self.config.rollout, self.sampler
         count, key = self.work.slots, jax.eval_shape(lambda: jax.random.key(0))
         turns = jax.tree.map(lambda x: shape(x.shape, x.dtype), no_turns(count))
@@ -150,6 +151,10 @@ class _Maker(NamedTuple):
         rows, read = rows_of(0)
         lower = partial(prefill.lower, played, slots, *read, sampler=sampler)
         steps.append(Step("prefill", sampler.mesh, config.prompts / rows, lower, (slots, read)))
+        if config.group_size > 1:
+            number = shape((count,), jnp.int32)
+            lower = partial(share.lower, slots, number, number, number, sampler=sampler)
+            steps.append(Step("share", sampler.mesh, work.rows / count, lower, (slots, number)))
         if self.config.env.max_turns > 1 or len(chunks) > 1:
             rows, read = rows_of(sampler.positions)
             lower = partial(extend.lower, played, slots, *read, sampler=sampler, whole=rows == count)
@@ -258,6 +263,6 @@ def _rows(slots: int, width: int, sampler: SamplerDef, past: int) -> int:
     """Rows that `ppojax.rollout.feed` reads at once when every slot has something to read."""
     if slots * width <= FEW:
         return slots
-    unit = sampler.mesh.size // sampler.mesh.shape["tensor"]
+    unit = row_shards(sampler.mesh)
     most = max(PAIRS // (width * (width + past)) // unit, 1) * unit
     return max(heights(slots, min(slots, most), unit))

@@ -107,6 +107,7 @@ def record(report: Report, price: float | None, changes: list[Change]) -> dict[s
         "compiled": report.compiled,
         "jax": jax.__version__,
         "target": {"name": str(target), "devices": target.size, "chip": vars(chip)},
+        "compiling": None if report.compiling is None else report.compiling._asdict(),
         "mesh": dict(zip(AXES, report.config.mesh.shape, strict=True)),
         "parameters": {
             kind: weights_of(model).all

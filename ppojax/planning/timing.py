@@ -167,7 +167,7 @@ def _forward_sent(model: ModelDef, mesh: MeshConfig, width: int, positions: floa
 
 def _sent(work: Workload, compiled: Mapping[str, Calls]) -> dict[str, Sent]:
     """What the compiled programs send in a step: each as often as it is called."""
-    into = {"prefill": "gen", "extend": "gen", "decode": "gen", "values": "score"}
+    into = {"prefill": "gen", "share": "gen", "extend": "gen", "decode": "gen", "values": "score"}
     out: dict[str, Sent] = {name: {} for name in ("gen", "score", "critic", "actor")}
     for name, (calls, found) in compiled.items():
         for c in found:
