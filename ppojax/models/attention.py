@@ -25,9 +25,9 @@ class KeyValue(NamedTuple):
 
 
 class Cache(NamedTuple):
-    """Keys `[L, B, Kh, F, S]` and values `[L, B, Kh, S, Fv]` of every block; slot s holds position s.
+    """Keys `[L, B, Kh, S, F]` and values `[L, B, Kh, S, Fv]` of every block; slot s holds position s.
 
-    Each lies as the product with it reads it: else XLA keeps a second cache that does, while tokens are decoded.
+    They lie as the products with them read them: else XLA keeps a second cache that does, while tokens are decoded.
     """
 
     k: jax.Array
@@ -36,7 +36,7 @@ class Cache(NamedTuple):
 
 def as_cache(read: KeyValue) -> Cache:
     """Keys and values of tokens as a cache that holds them from its start."""
-    return Cache(read.k.transpose(0, 1, 3, 4, 2), read.v.transpose(0, 1, 3, 2, 4))
+    return Cache(*(x.transpose(0, 1, 3, 2, 4) for x in read))
 
 
 class Packing(NamedTuple):
@@ -77,7 +77,7 @@ def attend(
     kv_heads = keys[0].shape[2]
     q = (q_BTHF * scores.scale).reshape(B, T, kv_heads, H // kv_heads, F)
     form = partial(jnp.einsum, preferred_element_type=jnp.float32)
-    held = [] if cache is None else [form("btkgf,bkfs->bkgts", q, cache.k)]
+    held = [] if cache is None else [form("btkgf,bksf->bkgts", q, cache.k)]
     score = jnp.concatenate([*held, *(form("btkgf,bskf->bkgts", q, k) for k in keys)], axis=-1)
     if scores.softcap is not None:
         score = scores.softcap * jnp.tanh(score / scores.softcap)

@@ -292,7 +292,7 @@ class Decoder(nnx.Module):
         """
         spec, kinds = self.spec, block_kinds(self.spec)
         distinct = list(dict.fromkeys(kinds))
-        sights = sights_of(spec, distinct, position_BT, 0 if cache is None else cache.k.shape[-1], packing)
+        sights = sights_of(spec, distinct, position_BT, 0 if cache is None else cache.k.shape[3], packing)
         cached, packed, dtype = cache is not None, packing is not None, self.embed[...].dtype.name
         flashing = use_flash(choice, spec, dtype, cached=cached, packed=packed)
 

@@ -79,7 +79,7 @@ def empty(params: Params, *, sampler: SamplerDef, count: int) -> Slots:
     token_B1 = jnp.zeros((count, 1), jnp.int32)
     read = jax.eval_shape(lambda p: hidden_states(model, p, token_B1, token_B1), params)
     (L, _, _, heads, F), Fv, dtype = read.key_value.k.shape, read.key_value.v.shape[-1], read.key_value.k.dtype
-    cache = Cache(jnp.zeros((L, count, heads, F, S), dtype), jnp.zeros((L, count, heads, S, Fv), dtype))
+    cache = Cache(jnp.zeros((L, count, heads, S, F), dtype), jnp.zeros((L, count, heads, S, Fv), dtype))
     routed = None
     if sampler.record_experts:
         assert read.routing is not None, "there are no experts to record"
@@ -132,10 +132,11 @@ def append(
         end = sampler.positions
         place_RT = jnp.where(step_T[None, :] < count_R[:, None], before_R[:, None] + step_T[None, :], end)
         row_R1 = slot_R[:, None]
-        k, v = slots.cache
         cache = Cache(
-            k.at[:, row_R1, :, :, place_RT].set(new.k.transpose(1, 2, 0, 3, 4), mode="drop"),
-            v.at[:, row_R1, :, place_RT].set(new.v.transpose(1, 2, 0, 3, 4), mode="drop"),
+            *(
+                held.at[:, row_R1, :, place_RT].set(x.transpose(1, 2, 0, 3, 4), mode="drop")
+                for held, x in zip(slots.cache, new, strict=True)
+            )
         )
         routed = slots.routed_LBSK
         if routed is not None:
