@@ -30,7 +30,7 @@ class Change(NamedTuple):
 def advise(report: Report, assumed: Assumed, count: int = 3) -> list[Change]:
     """Find the changes after which a run should need least memory.
 
-    The peak that was planned is moved by what the formula says of each change. What does not change what is learnt
+    The peak that was planned shrinks as the formula's does with each change. What does not change what is learnt
     comes first: other meshes, smaller parts, less kept; then a smaller critic, shorter rows and adapters.
     """
     before, planned = _peak(report.config, assumed), report.peak[1].total
@@ -41,7 +41,7 @@ def advise(report: Report, assumed: Assumed, count: int = 3) -> list[Change]:
         except PpojaxError:  # of a mesh that does not divide the model
             peak = None
         if peak is not None and peak < 0.99 * before:
-            found[other].append(Change(settings, max(planned + peak - before, peak)))
+            found[other].append(Change(settings, planned * peak / before))
     ranked = [sorted(changes, key=lambda change: change.bytes) for changes in (found[False], found[True])]
     # One of each first: two sizes of the same change are not two changes.
     return [change for changes in ranked for change in _one_of_each(changes)][:count]
