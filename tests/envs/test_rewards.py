@@ -281,7 +281,7 @@ def test_a_reward_model_that_fails(model: tuple[type[Model], str]) -> None:
     for reply in ({"data": []}, {"data": [{"probs": []}]}, {"data": [{"data": "no"}]}, {"error": "x"}):
         handler.reply = reply
         with pytest.raises(ServedError, match=r"expected data\[0\] with data, probs or score, got"):
-            Preference(url=url, model="m")(answered("7"))
+            Preference(url=url, model="m", tries=1)(answered("7"))
     with pytest.raises(ConfigError, match=r"env\.reward\.preference\.key_file=/no/key: cannot be read"):
         Rewards(preference=Preference(url="http://x", model="m", key_file="/no/key")).load()
 

@@ -62,23 +62,23 @@ class Judge(Served):
         }
         # In one pass: what a field says is never filled in again.
         text = re.sub(r"\{(question|answer|completion)\}", lambda found: filled[found[1]], self.prompt)
-        messages = [{"role": "user", "content": text}]
-        reply = self._content(
-            self.ask("/chat/completions", {"messages": messages, "max_tokens": self.max_tokens, "temperature": 0.0})
-        )
+        body = {"messages": [{"role": "user", "content": text}], "max_tokens": self.max_tokens, "temperature": 0.0}
+        reply = self.ask("/chat/completions", body, _content)
         found = _SCORE.findall(reply)
         if not found:
             raise JudgeError(f'{self.url}: expected "score: N" in the reply, got {reply!r:.80}')
         return min(max(float(found[-1]) / self.scale, 0.0), 1.0)
 
-    def _content(self, reply: Any) -> str:
-        try:
-            content: Any = reply["choices"][0]["message"]["content"]
-        except (LookupError, TypeError) as error:
-            raise JudgeError(f"{self.url}: expected a chat completion, got {reply!r:.80}") from error
-        if not isinstance(content, str):
-            raise JudgeError(f"{self.url}: expected a text as content, got {content!r:.80}")
-        return content
+
+def _content(reply: Any) -> str:
+    """Read the text of a chat completion. Raises ValueError."""
+    try:
+        content: Any = reply["choices"][0]["message"]["content"]
+    except (LookupError, TypeError) as error:
+        raise ValueError(f"expected a chat completion, got {reply!r:.80}") from error
+    if not isinstance(content, str):
+        raise ValueError(f"expected a text as content, got {content!r:.80}")
+    return content
 
 
 def _question(messages: Messages) -> str:

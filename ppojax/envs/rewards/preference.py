@@ -19,6 +19,7 @@ class Preference(Served):
 
     The request is `{model, messages}`. Of the reply's `data[0]`, the last number of `data`, `probs` or `score` counts:
     that of the last token, where there is one a token. `probs` are probabilities already: give `odds=false`.
+    So far this was run against a stand-in only.
     """
 
     key: ClassVar[str] = "preference"
@@ -31,17 +32,19 @@ class Preference(Served):
     def __call__(self, answered: Answered) -> float:
         """Ask. Raises ServedError."""
         messages = [{name: m[name] for name in ("role", "content") if name in m} for m in answered.messages]
-        score = self._number(self.ask("", {"messages": messages}))
+        score = self.ask("", {"messages": messages}, _number)
         if not self.odds:
             return score
         return 0.5 * (1.0 + math.tanh(0.5 * (score - self.centre)))  # the logistic function, without overflow
 
-    def _number(self, reply: Any) -> float:
-        try:
-            scored = reply["data"][0]
-            value = next(scored[name] for name in ("data", "probs", "score") if name in scored)
-            while isinstance(value, list):
-                value = value[-1]
-            return float(value)
-        except (LookupError, TypeError, ValueError, StopIteration) as error:
-            raise self.error(f"{self.url}: expected data[0] with data, probs or score, got {reply!r:.80}") from error
+
+def _number(reply: Any) -> float:
+    """Read the score. Raises ValueError."""
+    try:
+        scored = reply["data"][0]
+        value = next(scored[name] for name in ("data", "probs", "score") if name in scored)
+        while isinstance(value, list):
+            value = value[-1]
+        return float(value)
+    except (LookupError, TypeError, ValueError, StopIteration) as error:
+        raise ValueError(f"expected data[0] with data, probs or score, got {reply!r:.80}") from error

@@ -6,8 +6,9 @@ import json
 import time
 import urllib.error
 import urllib.request
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeVar
 from urllib.parse import urlsplit
 
 from pydantic import Field, field_validator
@@ -16,6 +17,7 @@ from ppojax.envs.rewards.part import Part
 from ppojax.errors import ConfigError
 
 _MAX_REPLY = 1_000_000  # bytes
+Read = TypeVar("Read")
 
 
 class ServedError(RuntimeError):
@@ -45,8 +47,11 @@ class Served(Part):
         """Read the API key. Raises ConfigError."""
         self._authorization()
 
-    def ask(self, route: str, body: dict[str, Any]) -> Any:
-        """Post `body`, with the model's name, to the address and `route`; return the reply's JSON. Raises `error`."""
+    def ask(self, route: str, body: dict[str, Any], read: Callable[[Any], Read]) -> Read:
+        """Post `body`, with the model's name, to the address and `route`; return what `read` finds in the reply's JSON.
+
+        A ValueError of `read` is a failed try. Raises `error`.
+        """
         request = urllib.request.Request(
             f"{self.url.rstrip('/')}{route}",
             json.dumps({"model": self.model, **body}).encode(),
@@ -55,7 +60,7 @@ class Served(Part):
         for left in reversed(range(self.tries)):
             try:
                 with urllib.request.urlopen(request, timeout=self.timeout_s) as response:
-                    return json.loads(response.read(_MAX_REPLY))
+                    return read(json.loads(response.read(_MAX_REPLY)))
             except (OSError, ValueError) as error:  # URLError, HTTPError and time-outs are OSErrors
                 refused = isinstance(error, urllib.error.HTTPError) and error.code in (400, 401, 403, 404)
                 if not left or refused:
