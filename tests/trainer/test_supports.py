@@ -40,7 +40,6 @@ def in_order(outs: tuple[StepOut, ...]) -> None:
         ("loss.support=full", "loss.compare_supports=true", "loss.kl.coefficient=0.1", "loss.kl.estimator=full"),
         ("loss.support=topk",),
         pytest.param(("loss.support=full", "loss.divergence=kl", "model.dtype=bfloat16"), marks=pytest.mark.slow),
-        pytest.param(("loss.support=full", "model.dtype=float16", "advantage.type=gae"), marks=pytest.mark.slow),
         pytest.param(("loss.compare_supports=true", "advantage.type=gae"), marks=pytest.mark.slow),
         # The sampler's head is a frozen matrix of its own here, and not of the compute type.
         pytest.param(
@@ -63,11 +62,7 @@ def test_two_steps_in_order(arguments: tuple[str, ...]) -> None:
     assert (kept.top_id is None) == ("loss.compare_supports=true" not in arguments)
     # Before the first update the trainer's policy is the sampler's, over the whole vocabulary; later it is not.
     exact = outs[0].metrics["sampling/tv_max"]
-    bound = {"model.dtype=bfloat16": 2e-2, "model.dtype=float16": 3e-3}
-    assert exact < next((bound[a] for a in arguments if a in bound), 2e-6) < outs[0].metrics["trust_region/tv_max"]
-    if "model.dtype=float16" in arguments:
-        told = outs[1].metrics
-        assert told["actor/loss_scale"] == told["critic/loss_scale"] == 1024 and told["actor/skipped"] == 0
+    assert exact < (2e-2 if "model.dtype=bfloat16" in arguments else 2e-6) < outs[0].metrics["trust_region/tv_max"]
     if "loss.kl.estimator=full" in arguments:
         assert e.logp_ref_BT is None
         assert 0 < outs[0].metrics["actor/kl_loss"] < outs[1].metrics["actor/kl_loss"]
