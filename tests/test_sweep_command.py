@@ -108,7 +108,8 @@ def test_a_real_sweep(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkey
     """Two meshes take the same first step, one cell cannot be, one fails; nothing is measured twice."""
     monkeypatch.setenv("JAX_ENABLE_COMPILATION_CACHE", "true")
     out = tmp_path / "sweep"
-    arguments = [*TINY, "update.minibatches=1", "mesh=1x1x1,2x2x1,1x3x1", "steps=2", f"out={out}"]
+    base = [*TINY, "critic.model.type=cut", "update.minibatches=1", "update.microbatch_rows=8", "steps=2", f"out={out}"]
+    arguments = [*base, "mesh=1x1x1,2x2x1,1x3x1"]
     assert command(arguments) == 0, capsys.readouterr().err
     read = rows(out)
     assert [row["state"] for row in read] == ["done", "done", "invalid"]
@@ -120,11 +121,10 @@ def test_a_real_sweep(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkey
     assert float(four["sent_bytes_actor_update_fsdp"]) > 0 and int(four["host_peak_rss_bytes"]) > 2**28
     assert not list(out.glob("*/compiled"))
     stamps = [path.stat().st_mtime_ns for path in sorted(out.glob("*/record.json"))]
-    # The actor has one block.
-    assert command([*TINY, "update.minibatches=1", "mesh=1x1x1", "critic=7", "steps=2", f"out={out}"]) == 3
-    assert "critic.model.layers = 7, the actor has 1 layers" in capsys.readouterr().err
+    assert command([*base, "mesh=1x1x1", "critic=/nowhere/at/all"]) == 3
+    assert "/nowhere/at/all is " in capsys.readouterr().err
     assert command(arguments) == 0
-    kept = [path for path in sorted(out.glob("*/record.json")) if path.parent.name != "mesh_1x1x1x1.critic_7"]
+    kept = [path for path in sorted(out.glob("*/record.json")) if "critic" not in path.parent.name]
     assert [path.stat().st_mtime_ns for path in kept] == stamps
 
 
@@ -133,6 +133,7 @@ def test_a_real_plan(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     arguments = [
         *TINY,
         "update.minibatches=1",
+        "update.shared_prefix=false",
         "mesh=1x8x1,2x4x1",
         "microbatch=8",
         "target=h200:8",

@@ -59,18 +59,17 @@ def read_sources(arguments: Iterable[str], flags: Sequence[str] = ()) -> Sources
 
 
 def _left_behind(layers: Sequence[Any], files: int) -> frozenset[str]:
-    """Find them. All that stands on the command line is one source."""
+    """Find them. A first type on the command line leaves only what files say: what stands beside it was meant."""
     written: dict[str, int] = {}
     named: dict[str, Any] = {}
     changed: dict[str, int] = {}  # sections -> the layer that gave another type
     for number, layer in enumerate(layers):
-        number = min(number, files)
         for key, value in _leaves(OmegaConf.to_container(OmegaConf.create(layer))):
             written[key] = number
             section, _, name = key.rpartition(".")
             if name == "type":
                 if named.get(section) != value:
-                    changed[section] = number
+                    changed[section] = number if section in named else min(number, files)
                 named[section] = value
     return frozenset(
         key
