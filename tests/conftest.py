@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import logging
 import os
 from importlib.metadata import version
 
@@ -30,8 +31,11 @@ def pytest_configure(config: pytest.Config) -> None:
         return  # its workers run the tests, and wait for it to be up
     import jax
 
+    from ppojax.runtime import checkpoint  # noqa: F401
     from ppojax.trainer import build
 
+    # A library that this imports logs to the stderr that there is now; tests look at that of their own.
+    logging.root.handlers.clear()
     jax.config.update("jax_numpy_dtype_promotion", "strict")
     jax.config.update("jax_numpy_rank_promotion", "raise")
     # Two processes run hundreds of programs each: what they free goes back to the system.
