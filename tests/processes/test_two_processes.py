@@ -9,7 +9,8 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -22,6 +23,7 @@ REPO = Path(__file__).resolve().parents[2]
 # What the machine was busy with, and what was compiled, is each run's own.
 CLOCKS = ("time", "timing_s/", "perf/", "compile/", "ckpt/")
 SETTINGS = ("steps=4", "checkpoint.every=2", "eval.every=4", "eval.prompts=5")
+APART = ("update.shared_prefix=false",)  # a minibatch of two groups of two has a row for each of four devices
 BEATS = "processes.heartbeat_s=5"
 Row = Mapping[str, float | int | None]
 
@@ -76,32 +78,43 @@ def same(one: list[Row], other: list[Row], bound: float) -> None:
 
 
 @pytest.fixture(scope="module")
-def alone(tmp_path_factory: pytest.TempPathFactory) -> list[Row]:
+def alone(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., list[Row]]:
     """What one process with two devices logs."""
-    folder = tmp_path_factory.mktemp("alone")
-    codes, said = ends([start(tiny_run(folder, *SETTINGS, "mesh.data=2", "run.name=a"), devices=2)])
-    assert codes == [0], said
-    return rows(folder, "a")
+
+    @cache
+    def run(*more: str) -> list[Row]:
+        folder = tmp_path_factory.mktemp("alone")
+        codes, said = ends([start(tiny_run(folder, *SETTINGS, *more, "mesh.data=2", "run.name=a"), devices=2)])
+        assert codes == [0], said
+        return rows(folder, "a")
+
+    return run
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("mesh", "devices"),
-    [("mesh.data=2", 1), ("mesh.fsdp=2", 1), ("mesh.fsdp=4", 2), ("mesh={data: 2, fsdp: 2}", 2)],
+    ("mesh", "devices", "more"),
+    [
+        ("mesh.data=2", 1, ()),
+        ("mesh.fsdp=2", 1, ()),
+        ("mesh.fsdp=4", 2, APART),
+        ("mesh={data: 2, fsdp: 2}", 2, APART),
+    ],
 )
-def test_two_processes_learn_as_one(mesh: str, devices: int, alone: list[Row], tmp_path: Path) -> None:
+def test_two_processes_learn_as_one(
+    mesh: str, devices: int, more: tuple[str, ...], alone: Callable[..., list[Row]], tmp_path: Path
+) -> None:
     """Bound: 1e-4, of float32 sums in another order, over four steps; also with weights spread over processes."""
-    share = "update.shared_prefix=" + ("true" if devices == 1 else "false")  # a group's rows go to several devices
-    codes, said = ends(two(tiny_run(tmp_path, *SETTINGS, mesh, share, "run.name=a"), devices))
+    codes, said = ends(two(tiny_run(tmp_path, *SETTINGS, *more, mesh, "run.name=a"), devices))
     assert codes == [0, 0], said
-    same(alone, rows(tmp_path, "a"), 1e-4)
+    same(alone(*more), rows(tmp_path, "a"), 1e-4)
     text = (tmp_path / "a/rollouts/step_000004.jsonl").read_text()
     assert [json.loads(line)["episode"] for line in text.splitlines()] == list(range(8))
     assert "count: null" in (tmp_path / "a/config.yaml").read_text()
 
 
 @pytest.mark.slow
-def test_one_process_goes_on_where_two_were_killed(alone: list[Row], tmp_path: Path) -> None:
+def test_one_process_goes_on_where_two_were_killed(alone: Callable[..., list[Row]], tmp_path: Path) -> None:
     arguments = tiny_run(tmp_path, *SETTINGS, "checkpoint.every=1", "run.name=a")
     killed = two([*arguments, "mesh.data=2", "steps=400"])
     wait_for(tmp_path, "a", 2)
@@ -113,7 +126,7 @@ def test_one_process_goes_on_where_two_were_killed(alone: list[Row], tmp_path: P
             shutil.rmtree(later)
     codes, said = ends([start([*arguments, "mesh.data=1", "resume=true"])])
     assert codes == [0], said
-    same(alone, rows(tmp_path, "a"), 1e-4)
+    same(alone(), rows(tmp_path, "a"), 1e-4)
 
 
 @pytest.mark.slow
