@@ -34,8 +34,8 @@ def pytest_configure(config: pytest.Config) -> None:
     from ppojax.runtime import checkpoint  # noqa: F401
     from ppojax.trainer import build
 
-    # A library that this imports logs to the stderr that there is now; tests look at that of their own.
-    logging.root.handlers.clear()
+    # absl, which logs while this is imported and later, gives a root logger without handlers the stderr of that moment.
+    logging.root.handlers[:] = [logging.NullHandler()]
     jax.config.update("jax_numpy_dtype_promotion", "strict")
     jax.config.update("jax_numpy_rank_promotion", "raise")
     # Two processes run hundreds of programs each: what they free goes back to the system.

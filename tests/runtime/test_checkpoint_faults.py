@@ -50,8 +50,12 @@ def big_state():
     return {"x": jnp.asarray(np.random.default_rng(0).integers(0, 2**32, 1 << 20, dtype=np.uint32))}
 
 
-def test_a_refused_save_is_a_warning_while_an_older_one_stands(tmp_path, caplog, capfd):
+def test_a_refused_save_is_a_warning_while_an_older_one_stands(tmp_path, caplog, capfd, monkeypatch):
     state = big_state()
+    # Other tests, and libraries that they import, leave handlers that write to streams of their own.
+    monkeypatch.setattr(logging.root, "handlers", [caplog.handler])
+    monkeypatch.setattr(logging.getLogger("ppojax"), "handlers", [])
+    monkeypatch.setattr(logging.getLogger("ppojax"), "propagate", True)
     with Checkpoints(tmp_path, CheckpointConfig()) as checkpoints:
         checkpoints.save(1, state, {}, block=True)
         with FileSizeLimit(1 << 20):
